@@ -1,0 +1,265 @@
+"""The trusted side: runs the tests of a program against a proxy of its solution, and alone writes the verdict.
+
+The solution runs in another process, forked by the worker's zygote, and is reached through a socket made for this one
+program. A call of the proxy sends the arguments, receives a plain value or the name of an exception, and does in the
+tests what the function would have done. Whatever the tests swallow, a channel that broke makes `passed` impossible.
+
+Not covered here: what keeps the solution in its process (cage.py), and programs asked for `inline`, whose tests run
+beside the solution and can be fooled by it (`run_inline`).
+"""
+
+import builtins
+import functools
+import gc
+import os
+import random
+import signal
+import socket
+import sys
+import time
+
+import wire
+
+MAX_DETAIL = 200
+TESTS = "<tests>"
+SETUP = "<setup>"
+
+
+class Fault(BaseException):
+    """Ends the tests, whatever they catch: the solution's process or channel is of no further use."""
+
+
+class TimeUp(BaseException):
+    """The program's time is over."""
+
+
+class SolutionError(Exception):
+    """Stands in the tests for an exception of the solution that is no builtin `Exception`."""
+
+
+class Solution:
+    """One solution process, seen from the judge."""
+
+    def __init__(self, control):
+        self.control = control
+        self.fault = None  # (status, detail) of what broke first; a verdict can no longer be `passed`
+        self.raised = None  # the last exception raised in the tests in the solution's name
+        ours, theirs = socket.socketpair()
+        socket.send_fds(control, [b"s"], [theirs.fileno()])
+        theirs.close()
+        self.channel = wire.Channel(ours.detach())
+
+    def load(self, *fields):
+        """Sends the program's texts and returns the first answer."""
+        try:
+            self.channel.send_text(fields)
+        except ConnectionError:
+            pass  # it died early: reading tells how
+        return self._receive()
+
+    def call(self, *args, **kwargs):
+        """What the tests call: the candidate."""
+        if self.fault:
+            raise Fault
+        try:
+            self.channel.send([list(args), kwargs])
+        except wire.CannotCross as error:
+            self._break("error", f"in an argument of the tests: {error}")
+        except ConnectionError:
+            pass
+        kind, *content = self._receive()
+        if kind == "ok" and len(content) == 1:
+            return content[0]
+        if kind == "raised" and len(content) == 2 and type(content[0]) is type(content[1]) is str:
+            self.raised = _exception(*content)
+            raise self.raised
+        self._break(*explain(kind, content))
+
+    def _receive(self):
+        try:
+            answer = self.channel.receive()
+        except EOFError:
+            self._break(*_explain_exit(self.stop(b"w")))
+        except ValueError as error:
+            self._break("error", f"the solution wrote to the channel itself: {error}")
+        if type(answer) is not list or not answer or type(answer[0]) is not str:
+            self._break("error", "the solution wrote to the channel itself")
+        return answer
+
+    def _break(self, status, detail):
+        self.fault = self.fault or (status, detail)
+        raise Fault
+
+    def stop(self, word=b"k"):
+        """Ends the process, if this has not been done, and returns its wait status."""
+        if self.channel is None:
+            return None
+        self.channel.close()
+        self.channel = None
+        self.control.send(word)
+        status = self.control.recv(4)
+        if not status:
+            os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
+        return int.from_bytes(status, "little")
+
+
+def explain(kind, content):
+    """Returns status and detail for an answer that is no value and no exception of a call."""
+    text = str(content[0]) if content else ""
+    if kind == "exited":
+        return "crashed", f"the solution called sys.exit({text})"
+    if kind == "not compiled":
+        return "error", f"the solution does not compile: {text}"
+    if kind == "no entry point":
+        return "error", "the solution does not define the entry point as a function"
+    if kind == "cannot cross":
+        return "error", f"in the result: {text}"
+    if kind == "raised":
+        status = "out_of_memory" if text == "MemoryError" else "error"
+        return status, f"the solution raised {text}: {content[1] if len(content) > 1 else ''}"
+    return "error", "the solution wrote to the channel itself"
+
+
+def _explain_exit(status):
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGXCPU:
+            return "timeout", "the solution used up its processor time"
+        return "crashed", f"the solution process died by {signal.Signals(number).name}"
+    return "crashed", f"the solution process exited with status {os.WEXITSTATUS(status)}"
+
+
+def _exception(name, message):
+    kind = getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        return SolutionError(f"{name}: {message}")
+    try:
+        return kind(message)
+    except TypeError:  # UnicodeDecodeError and its like want more arguments
+        return SolutionError(f"{name}: {message}")
+
+
+class Judge:
+    """Grades one program after the other, for as long as the worker lives."""
+
+    def __init__(self, control, timeout):
+        self.control = control
+        self.timeout = timeout
+        self.armed = False
+        signal.signal(signal.SIGALRM, self._alarm)
+
+    def _alarm(self, number, frame):
+        if self.armed:
+            raise TimeUp
+
+    def grade(self, source, tests, entry_point, setup, inline):
+        """Returns the verdict's fields: status, detail, seconds."""
+        start = time.monotonic()
+        random.seed()
+        solution = Solution(self.control)
+        try:
+            # Repeated, in case the tests swallow the first one.
+            self.armed = True
+            signal.setitimer(signal.ITIMER_REAL, self.timeout, 0.1)
+            if inline:
+                status, detail = self._inline(solution, source, tests, entry_point, setup)
+            else:
+                status, detail = self._apart(solution, source, tests, entry_point, setup)
+            self.armed = False
+        except TimeUp:
+            self.armed = False
+            status, detail = "timeout", f"no verdict within {self.timeout:g} s"
+        except Fault:
+            self.armed = False
+            status, detail = solution.fault
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            solution.stop()
+        if solution.fault and status == "passed":
+            status, detail = solution.fault
+        return status, detail[:MAX_DETAIL], time.monotonic() - start
+
+    def _apart(self, solution, source, tests, entry_point, setup):
+        kind, *content = solution.load(source, entry_point, None, None)
+        if kind != "ok":
+            return explain(kind, content)
+        status, detail, error = run_tests(solution.call, entry_point, setup, tests)
+        if solution.fault:
+            return solution.fault
+        if error is not None and error is solution.raised:
+            return explain("raised", [type(error).__name__, str(error)])
+        return status, detail
+
+    def _inline(self, solution, source, tests, entry_point, setup):
+        kind, *content = solution.load(source, entry_point, setup, tests)
+        if kind not in ("passed", "failed", "error", "out_of_memory") or len(content) != 1:
+            return explain(kind, content)
+        return kind, f"{content[0]}"
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(text, name):
+    return compile(text, name, "exec", dont_inherit=True)
+
+
+def run_tests(candidate, entry_point, setup, tests, namespace=None):
+    """Runs trusted tests against `candidate` and returns `(status, detail, exception or None)`."""
+    namespace = {} if namespace is None else namespace
+    namespace["__name__"] = "tests"
+    try:
+        exec(_compiled(setup, SETUP), namespace)
+        namespace[entry_point] = namespace["candidate"] = candidate
+        code = _compiled(tests, TESTS)
+    except Exception as error:
+        return "error", f"the task's setup or tests do not load: {type(error).__name__}: {error}", None
+    before = namespace.get("check")
+    try:
+        exec(code, namespace)
+        check = namespace.get("check")
+        if check is not before:
+            check(candidate)
+    except Exception as error:
+        name = type(error).__name__
+        where = _place(error.__traceback__, tests)
+        return "failed", f"{name}: {where}" if where else f"{name}: {error}", error
+    return "passed", "", None
+
+
+def _place(traceback, tests):
+    line = 0
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == TESTS:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f"line {line} of the tests: {tests.splitlines()[line - 1].strip()}" if line else ""
+
+
+def run_inline(source, entry_point, setup, tests):
+    """Runs solution and tests in one namespace, in a solution process; returns `(status, detail)`."""
+    namespace = {"__name__": "solution"}
+    try:
+        exec(compile(source, "<solution>", "exec", dont_inherit=True), namespace)
+        candidate = namespace[entry_point]
+    except BaseException as error:
+        return "error", f"{type(error).__name__}: {error}"
+    status, detail, error = run_tests(candidate, entry_point, setup, tests, namespace)
+    return ("out_of_memory" if isinstance(error, MemoryError) else status), detail
+
+
+def judge(caller, control, timeout):
+    """Serves the caller until it is gone.
+
+    Args:
+        caller (`wire.Channel`): programs come in as lists of five, verdicts go out as lists of three.
+        control (`socket.socket`): connected to the worker's zygote.
+        timeout (`float`): seconds a program may take.
+    """
+    gc.collect()
+    gc.freeze()
+    worker = Judge(control, timeout)
+    while True:
+        try:
+            program = caller.receive_text()
+            caller.send_text(worker.grade(*program))
+        except (EOFError, ConnectionError):
+            sys.exit(0)

@@ -1,0 +1,175 @@
+"""The untrusted side: the zygote, and the solution processes that it forks, one for each program.
+
+The zygote is forked before any test text exists in the worker and is caged once. A solution process receives its
+source over its only descriptor, executes it, and answers calls until it is killed. Whatever it sends is data to the
+judge, so nothing here needs to be defended from the code it runs.
+
+Not covered here: the cage itself (cage.py) and what the answers are worth (judge.py).
+"""
+
+import builtins
+import gc
+import io
+import os
+import signal
+import socket
+import sys
+import time
+import types
+
+import judge
+import wire
+
+CHANNEL = 3  # the descriptor of a solution process
+DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
+OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
+
+
+def zygote(control, limit_child):
+    """Forks a solution process for each start that the judge sends over `control`, until the judge is gone.
+
+    Args:
+        control (`socket.socket`): connected to the judge. A start is one byte with a descriptor; then the judge says
+            `k` (kill it now) or `w` (it seems to be dying: wait a moment), and receives the wait status in four bytes.
+        limit_child (`Callable[[], None]`): what must be set anew in each solution process.
+    """
+    gc.collect()
+    gc.freeze()
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not descriptors:
+            os._exit(0)
+        pid = os.fork()
+        if pid == 0:
+            _solution_process(descriptors[0], limit_child)
+        os.close(descriptors[0])
+        word = os.read(control.fileno(), 1)
+        if word == b"w":
+            status = _wait_briefly(pid)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        if not word:
+            os._exit(0)
+        os.write(control.fileno(), status.to_bytes(4, "little"))
+
+
+def _wait_briefly(pid):
+    end = time.monotonic() + DYING_SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def _solution_process(descriptor, limit_child):
+    try:
+        os.dup2(descriptor, CHANNEL)
+        os.closerange(CHANNEL + 1, 64)
+        limit_child()
+        _serve(wire.Channel(CHANNEL))
+    except BaseException:
+        pass
+    finally:
+        os._exit(1)
+
+
+def _serve(channel):
+    source, entry_point, setup, tests = channel.receive_text()
+    if tests is not None:  # inline: the judge has given up the separation for this program
+        channel.send(list(judge.run_inline(source, entry_point, setup, tests)))
+        return
+    kind, loaded, *rest = _load(source, entry_point)
+    if kind != "ok":
+        channel.send([kind, loaded, *rest])
+        return
+    channel.send(["ok"])
+    while True:
+        args, kwargs = channel.receive()
+        _send_answer(channel, _guarded(loaded, args, kwargs))
+
+
+def _load(source, entry_point):
+    """Returns `("ok", function)`, or the answer that tells why there is none."""
+    try:
+        code = compile(source, "<solution>", "exec", dont_inherit=True)
+    except BaseException as error:
+        return "not compiled", f"{type(error).__name__}: {error}"[:200]
+    if entry_point == "__main__":
+        return "ok", lambda text: _run_script(code, text)
+    module = new_module("solution")
+    answer = _guarded(exec, (code, module.__dict__), {})
+    if answer[0] != "ok":
+        return answer
+    function = module.__dict__.get(entry_point)
+    if not callable(function):
+        return "no entry point", ""
+    return "ok", function
+
+
+def new_module(name):
+    """Returns an empty module that is registered, because dataclasses and pickle look theirs up."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module
+
+
+def _run_script(code, text):
+    """Runs a program that reads stdin and prints; `sys.exit` is a normal end, unless it says that it failed."""
+    raw = _BoundedOutput()
+    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogatepass")), "utf-8", "surrogatepass")
+    sys.stdout = io.TextIOWrapper(raw, "utf-8", "surrogatepass", write_through=True)
+    try:
+        exec(code, new_module("__main__").__dict__)
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+    sys.stdout.flush()
+    return raw.getvalue().decode("utf-8", "replace")
+
+
+class _BoundedOutput(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > OUTPUT_LIMIT:
+            raise OSError("the program printed too much")
+        return super().write(data)
+
+
+def _guarded(function, args, kwargs):
+    """Returns what a call came to: `("ok", value)`, `("raised", class name, message)` or `("exited", code)`."""
+    try:
+        return "ok", function(*args, **kwargs)
+    except SystemExit as error:
+        return "exited", f"{error.code}"[:50]
+    except BaseException as error:
+        kind = next(kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+        line = _line_of(error.__traceback__)
+        if kind is MemoryError:
+            error.__traceback__ = None  # frees what the frames hold, so that there is room for an answer
+            return "raised", "MemoryError", line
+        try:
+            message = str(error)[:150]
+        except BaseException:
+            message = ""
+        return "raised", kind.__name__, f"{message} ({line})" if message else line
+
+
+def _line_of(traceback):
+    line = 0
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == "<solution>":
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f"line {line} of the solution" if line else "in the call"
+
+
+def _send_answer(channel, answer):
+    try:
+        channel.send(list(answer))
+    except wire.CannotCross as error:
+        channel.send(["cannot cross", str(error)])
+    except MemoryError:
+        channel.send(["raised", "MemoryError", "while its result was sent"])

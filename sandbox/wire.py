@@ -1,0 +1,195 @@
+"""The only format in which the judge and a solution talk: plain builtin values as length-framed JSON.
+
+Lists, strings, numbers, booleans and None are themselves in JSON; every other type is an object with one key that
+names the type. The decoder knows these few names and nothing else, so bytes written by a hostile solution can become
+a plain value or a `ValueError`, never code. Size, depth and number of items are bounded on both sides.
+
+Not covered here: what the messages mean (judge.py, solution.py), and who is trusted: the caller's programs travel
+in the same frames, as JSON without bounds (`send_text`, `receive_text`).
+"""
+
+import json
+import os
+
+MAX_BYTES = 16 << 20  # one frame
+MAX_ITEMS = 1_000_000  # values in one frame, containers included
+MAX_DEPTH = 100  # containers within containers
+SMALL_INT = 1 << 63  # larger integers travel in hexadecimal, which converts in linear time
+
+_dumps = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+class CannotCross(Exception):
+    """A value that is not plain data, or is too large to send."""
+
+
+def encode(value):
+    """Returns `value` as bytes; raises `CannotCross` for anything but bounded, exactly typed builtin values."""
+    counter = [MAX_ITEMS]
+    try:
+        # Raw UTF-8 with "surrogatepass": \\u escapes would join two lone surrogates into one character.
+        data = _dumps(_pack(value, MAX_DEPTH, counter)).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        raise CannotCross("a value is nested too deep to cross") from None
+    if len(data) > MAX_BYTES:
+        raise CannotCross(f"a value of {len(data) >> 20} MB cannot cross: {MAX_BYTES >> 20} MB is the limit")
+    return data
+
+
+def _pack(value, depth, counter):
+    kind = type(value)
+    if kind is str or kind is bytes:
+        if len(value) > MAX_BYTES:
+            raise CannotCross(f"a string of {len(value)} characters cannot cross: {MAX_BYTES} are the limit")
+        return value if kind is str else {"bytes": value.hex()}
+    if kind is float or kind is bool or value is None:
+        return value
+    if kind is int:
+        return value if -SMALL_INT < value < SMALL_INT else {"int": hex(value)}
+    if kind is complex:
+        return {"complex": [value.real, value.imag]}
+    if kind not in _CONTAINERS:
+        raise CannotCross(f"a value of type {_name(kind)} cannot cross: only plain builtin values do")
+    counter[0] -= len(value)
+    if counter[0] < 0:
+        raise CannotCross(f"a value of more than {MAX_ITEMS} items cannot cross")
+    if depth == 0:
+        raise CannotCross(f"a value nested more than {MAX_DEPTH} deep cannot cross")
+    depth -= 1
+    if kind is list:
+        return [_pack(item, depth, counter) for item in value]
+    if kind is dict:
+        return {"dict": [[_pack(key, depth, counter), _pack(item, depth, counter)] for key, item in value.items()]}
+    return {kind.__name__: [_pack(item, depth, counter) for item in value]}
+
+
+def _name(kind):
+    # A class of the solution may carry any object as its name.
+    name = type.__dict__["__name__"].__get__(kind)
+    return f"{name:.60}" if type(name) is str else "unknown"
+
+
+_CONTAINERS = frozenset((list, tuple, dict, set, frozenset))
+
+
+def decode(data):
+    """Returns the value in `data`; raises `ValueError` for bytes that `encode` would not have written."""
+    # Separators inside strings are counted too: the bound stays one, and counting stays at memory speed.
+    opened = data.count(b"[") + data.count(b"{")
+    if opened + data.count(b",") > 3 * MAX_ITEMS:
+        raise ValueError("too many items")
+    try:
+        value = json.loads(data.decode("utf-8", "surrogatepass"), object_pairs_hook=_unpack)
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a frame: {type(error).__name__}") from None
+    if opened > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise ValueError("nested too deep")
+    return value
+
+
+def _unpack(pairs):
+    ((tag, content),) = pairs
+    return _TAGS[tag](content) if tag in _TAGS else _refuse(tag)
+
+
+def _refuse(tag):
+    raise ValueError("unknown tag")
+
+
+def _sequence(kind):
+    return lambda content: kind(content) if type(content) is list else _refuse(kind)
+
+
+def _number(content):
+    return int(content, 16) if type(content) is str else _refuse(int)
+
+
+def _complex(content):
+    real, imag = content
+    return complex(real, imag) if type(real) is type(imag) is float else _refuse(complex)
+
+
+_TAGS = {
+    "int": _number,
+    "bytes": bytes.fromhex,
+    "complex": _complex,
+    "tuple": _sequence(tuple),
+    "set": _sequence(set),
+    "frozenset": _sequence(frozenset),
+    "dict": _sequence(dict),
+}
+
+
+def _deeper_than(value, limit):
+    level = [value]
+    for _ in range(limit + 1):
+        inner = []
+        for item in level:
+            if type(item) is dict:
+                inner.extend(item)
+                inner.extend(item.values())
+            elif type(item) in _CONTAINERS:
+                inner.extend(item)
+        level = [item for item in inner if type(item) in _CONTAINERS]
+        if not level:
+            return False
+    return True
+
+
+class Channel:
+    """Frames over a connected stream socket: four bytes of length, then the payload.
+
+    Only read and write are used, so that a process which may make no socket call can still use it.
+    """
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self._pending = b""
+
+    def send(self, value):
+        self.send_bytes(encode(value))
+
+    def send_text(self, fields):
+        """Sends a list of strings and numbers of any size, to a side that trusts this one."""
+        self.send_bytes(_dumps(fields).encode("utf-8", "surrogatepass"))
+
+    def receive_text(self):
+        return json.loads(self.receive_bytes(limit=1 << 32).decode("utf-8", "surrogatepass"))
+
+    def send_bytes(self, data):
+        data = memoryview(len(data).to_bytes(4, "little") + data)
+        while data:
+            data = data[os.write(self.descriptor, data) :]
+
+    def receive(self, limit=MAX_BYTES):
+        """Returns the next value; raises `EOFError` when the other side is gone, `ValueError` for a bad frame."""
+        return decode(self.receive_bytes(limit))
+
+    def receive_bytes(self, limit=MAX_BYTES):
+        pending = self._pending
+        while len(pending) < 4:
+            pending += self._read(65536)
+        length = int.from_bytes(pending[:4], "little")
+        if length > limit:
+            raise ValueError(f"a frame of {length} bytes")
+        if len(pending) < 4 + length:
+            pieces = [pending]
+            missing = 4 + length - len(pending)
+            while missing > 0:
+                pieces.append(self._read(min(missing, 1 << 20)))
+                missing -= len(pieces[-1])
+            pending = b"".join(pieces)
+        self._pending = pending[4 + length :]
+        return pending[4 : 4 + length]
+
+    def _read(self, size):
+        try:
+            data = os.read(self.descriptor, size)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise EOFError("the other side closed the channel")
+        return data
+
+    def close(self):
+        os.close(self.descriptor)
