@@ -11,15 +11,18 @@ values cross between them (wire.py). No line of a solution runs in the caller's 
 Not covered here: GPU code, network tasks, and tasks in other languages than Python.
 """
 
+import contextlib
 import json
 import logging
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -29,7 +32,8 @@ from .wire import Channel
 __all__ = ["Program", "Sandbox", "Verdict"]
 
 GRACE_SECONDS = 0.6  # beyond the timeout, before a worker that gave no verdict is killed
-MAX_ATTEMPTS = 3  # for a program whose worker died
+MAX_ATTEMPTS = 3  # for a program whose worker died, and to start the workers
+SILENCE_SECONDS = 10  # within a message, before a worker counts as lost
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,9 @@ class _Worker:
 
     def __init__(self, number):
         self.number = number
+        self.channel = None
         self.socket = None
+        self.numpy = False
         self.job = None  # index of the program in flight
         self.deadline = 0.0
 
@@ -90,92 +96,166 @@ class _Worker:
 class Sandbox:
     """A pool of workers that grade programs. Use it as a context manager, or call `close`.
 
+    Threads may share one; their batches take turns. A fork of the caller gets workers of its own at its first `run`.
+
     Args:
         workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores.
-        timeout (`float`, defaults to `5.0`): Seconds of wall-clock time a program may take.
-        memory_mb (`int`, defaults to `1024`): Megabytes of address space a solution may use.
-        isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage the kernel offers and warns once
+        timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use, at least 64.
+        isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that the kernel offers and warns
             about what is missing; `"strict"` raises when anything is missing.
 
     Raises:
         `ValueError`: If an argument is out of range.
-        `RuntimeError`: If the cage is incomplete under `"strict"`, or the server does not start.
+        `RuntimeError`: If the workers do not start, or the cage is incomplete under `"strict"`.
     """
 
     def __init__(self, workers=None, timeout=5.0, memory_mb=1024, isolation="auto"):
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers={workers}: give at least 1, or None for one a processor core")
+        if not 0 < timeout <= 3600:
+            raise ValueError(f"timeout={timeout}: give seconds above 0 and up to 3600")
+        if memory_mb < 64:
+            raise ValueError(f"memory_mb={memory_mb}: an interpreter needs 64, 1024 is a good choice")
+        if isolation not in ("auto", "strict"):
+            raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
         self.workers = workers or _usable_cores()
         self.timeout = timeout
         self.memory_mb = memory_mb
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._server = None
-        self._pool = []
+        self.strict = isolation == "strict"
+        self._warned = False
+        self._forget()
+        self._start()
 
     def run(self, programs):
-        """Grades programs and returns one verdict for each, in order.
+        """Grades programs.
 
         Args:
             programs (`Iterable[Program]`): Any number of programs.
 
         Returns:
-            `list[Verdict]`
+            `list[Verdict]`: One for each program, in order.
+
+        Raises:
+            `RuntimeError`: If the workers cannot be started again after they were lost.
         """
         programs = list(programs)
-        if os.getpid() != self._pid:  # a fork of the caller: the sockets belong to the parent
-            self._lock = threading.Lock()
-            self._pid = os.getpid()
-            self._server = None
-        with self._lock:
-            return self._run(programs)
+        with self._ours():
+            try:
+                return self._run(programs)
+            except BaseException:
+                self._stop()  # what is still in flight must not answer to the next batch
+                raise
+
+    def isolation(self):
+        """Returns what the cage consists of here.
+
+        Returns:
+            `dict[str, str]`: `"active"` or `"missing: "` and the reason, for each of the cage's features.
+        """
+        with self._ours():
+            if not self._running():
+                self._start()
+            return dict(self._isolation)
+
+    def close(self):
+        """Stops the server and all its workers. The next `run` starts them again."""
+        with self._ours():
+            self._stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _ours(self):
+        if os.getpid() != self._pid:  # after a fork, the server and its sockets are the parent's
+            self._forget()
+        return self._lock
+
+    def _forget(self):
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._shutdown = None
+        self._pool = []
 
     def _run(self, programs):
         verdicts = [None] * len(programs)
         attempts = [0] * len(programs)
         waiting = deque(range(len(programs)))
-        if self._server is None and programs:
-            self._start()
-        while waiting or any(worker.job is not None for worker in self._pool):
+        if any(program.inline for program in programs):
+            logger.warning("some programs run inline: their solutions share an interpreter with their tests")
+
+        def lost(job):
+            attempts[job] += 1
+            if attempts[job] < MAX_ATTEMPTS:
+                waiting.appendleft(job)
+            else:
+                verdicts[job] = Verdict("crashed", f"its worker died {MAX_ATTEMPTS} times", 0.0)
+
+        while None in verdicts:
+            if not self._running():
+                for worker in self._pool:
+                    if worker.job is not None:
+                        lost(worker.job)
+                self._start()
             for worker in self._pool:
                 if worker.job is None and waiting:
                     self._assign(worker, waiting.popleft(), programs)
-            busy = {worker.socket.fileno(): worker for worker in self._pool if worker.job is not None}
-            poll = select.poll()
-            for descriptor in busy:
-                poll.register(descriptor, select.POLLIN)
-            pause = min(worker.deadline for worker in busy.values()) - time.monotonic()
-            for descriptor, _ in poll.poll(max(0, int(pause * 1000) + 1)):
-                worker = busy[descriptor]
+            for worker in self._wait():
                 job, worker.job = worker.job, None
                 try:
-                    verdicts[job] = Verdict(*Channel(descriptor).receive_text())
-                except (EOFError, ValueError):
+                    verdicts[job] = Verdict(*worker.channel.receive_text())
+                except (EOFError, ValueError, TypeError):
+                    lost(job)  # killed from outside, or the judge ran out of memory over an answer
                     self._replace(worker)
-                    attempts[job] += 1
-                    if attempts[job] < MAX_ATTEMPTS:
-                        waiting.appendleft(job)
-                    else:
-                        verdicts[job] = Verdict("crashed", f"its worker died {MAX_ATTEMPTS} times", 0.0)
-            now = time.monotonic()
             for worker in self._pool:
-                if worker.job is not None and now > worker.deadline:
+                if worker.job is not None and time.monotonic() > worker.deadline:
                     job, worker.job = worker.job, None
-                    self._replace(worker)
                     verdicts[job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", self.timeout)
+                    self._replace(worker)
         return verdicts
 
     def _assign(self, worker, job, programs):
         program = programs[job]
+        if "numpy" in program.solution and not worker.numpy:
+            worker.numpy = True
+            self._replace(worker)
         worker.job = job
         worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
         try:
-            Channel(worker.socket.fileno()).send_text(
+            worker.channel.send_text(
                 [program.solution, program.tests, program.entry_point, program.setup, program.inline]
             )
-        except ConnectionError:
+        except OSError:
             pass  # reading tells that it died
 
+    def _wait(self):
+        """Returns the busy workers that can be read from, or none when the next deadline has come."""
+        poll = select.poll()
+        busy = {worker.channel.descriptor: worker for worker in self._pool if worker.job is not None}
+        for descriptor in busy:
+            poll.register(descriptor, select.POLLIN)
+        pause = min((worker.deadline for worker in busy.values()), default=0) - time.monotonic()
+        return [busy[descriptor] for descriptor, _ in poll.poll(max(0, pause * 1000) + 1)]
+
+    def _running(self):
+        return self._shutdown is not None and self._process.poll() is None
+
     def _start(self):
-        ours, theirs = socket.socketpair()
+        """Starts the server and all workers, in place of what may be left of earlier ones."""
+        for _ in range(MAX_ATTEMPTS):
+            self._stop()
+            try:
+                return self._launch()
+            except (EOFError, OSError) as error:
+                failure = error
+        self._stop()
+        raise RuntimeError(f"the sandbox's server does not start: {failure!r}")
+
+    def _launch(self):
+        self._server, theirs = socket.socketpair()
         settings = {
             "control": theirs.fileno(),
             "caller": os.getpid(),
@@ -191,46 +271,66 @@ class Sandbox:
             pass_fds=[theirs.fileno()],
             env={},
             cwd="/",
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C is the caller's to handle
         )
         theirs.close()
-        self._server = ours
+        self._shutdown = weakref.finalize(self, _stop, os.getpid(), self._process, self._server)
         self._pool = [_Worker(number) for number in range(self.workers)]
         for worker in self._pool:
-            self._replace(worker)
-        self._finalizer = weakref.finalize(self, _stop, os.getpid(), self._process, self._server)
+            self._request(worker)
+        for worker in self._pool:
+            self._greet(worker)
 
-    def _replace(self, worker):
-        if worker.socket:
-            worker.socket.close()
-        worker.socket, theirs = socket.socketpair()
-        socket.send_fds(self._server, [worker.number.to_bytes(4, "little")], [theirs.fileno()])
-        theirs.close()
-
-    def isolation(self):
-        """Returns what is active in the cage here, by name."""
-        return {}
-
-    def close(self):
-        """Stops the server and all workers. The next `run` starts them again."""
-        if self._server is not None:
-            self._finalizer()
-            self._server = None
+    def _stop(self):
+        if self._shutdown is not None:
+            self._shutdown()
+            self._shutdown = None
             for worker in self._pool:
                 worker.socket.close()
             self._pool = []
 
-    def __enter__(self):
-        return self
+    def _replace(self, worker):
+        worker.socket.close()
+        try:
+            self._request(worker)
+            self._greet(worker)
+        except (EOFError, OSError):
+            self._process.kill()  # the server is of no use: `_run` starts another
+            self._process.wait()
 
-    def __exit__(self, *exception):
-        self.close()
+    def _request(self, worker):
+        worker.socket, theirs = socket.socketpair()
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            worker.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
+        worker.channel = Channel(worker.socket.fileno())
+        with theirs:
+            message = worker.number.to_bytes(4, "little") + bytes([worker.numpy])
+            socket.send_fds(self._server, [message], [theirs.fileno()])
+
+    def _greet(self, worker):
+        """Hears from a new worker what its cage consists of."""
+        (self._isolation,) = worker.channel.receive_text()
+        if type(self._isolation) is str:
+            raise RuntimeError(f"the sandbox cannot be set up: {self._isolation}")
+        missing = "; ".join(f"{name} ({text})" for name, text in self._isolation.items() if text != "active")
+        if missing and self.strict:
+            self._stop()
+            raise RuntimeError(f'the cage is incomplete here: {missing}. Use isolation="auto" to run all the same')
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(f"the cage of untrusted code is incomplete here: {missing}", RuntimeWarning, stacklevel=5)
 
 
 def _stop(pid, process, server):
     if os.getpid() == pid:
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # not just close: a fork of this process may hold it open
         server.close()
-        process.wait()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _usable_cores():

@@ -1,30 +1,310 @@
 """What a solution process may not do, and what the kernel here offers to hold it to that.
 
-Not covered here: the worker's processes themselves (server.py, solution.py).
+The zygote puts the cage on itself once, its children inherit it, and nothing in it can be undone from inside. Two
+layers each keep files away (mounts and Landlock), two keep the network away (a namespace and seccomp), so that a kernel
+which lacks one still has the other. What is missing is reported, never passed over. On other systems than Linux only
+the resource limits are there, and the report says so.
+
+Not covered here: which system calls remain (seccomp.py).
 """
 
 import ctypes
+import os
 import resource
 import signal
+import stat
 import sys
+import sysconfig
 
+import seccomp
+
+SCRATCH = "/tmp"  # a file system of its own, and all that a solution can write to
+SCRATCH_BYTES, SCRATCH_FILES = 16 << 20, 256
+NULL = "/dev/null"
+MAX_THREADS = 16
+MAX_DESCRIPTORS = 64
+NOBODY = 65534  # whom a root-started solution becomes
+
+FEATURES = (
+    "no new privileges, unprivileged user, no capabilities, pid namespace, net namespace, ipc namespace, uts namespace,"
+    " private files, thread limit, landlock, seccomp"
+).split(", ")
+
+LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG = 1
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_CHILD_SUBREAPER = 36
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
+    0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
+MNT_DETACH, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 2, 0x8000, 1, 2
+PIVOT_ROOT, CAPSET = {"aarch64": (41, 91)}.get(os.uname().machine, (155, 126))
+MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 442, 444, 445, 446
+
+# Landlock's rights, by the kernel's bit; the number of bits known grows with its ABI.
+READ_FILE, WRITE_FILE, READ_DIR = 1 << 2, 1 << 1, 1 << 3
+REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, REFER, TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 13, 1 << 14
+FILE_BITS = {1: 13, 2: 14, 3: 15, 4: 15}  # from 5 on: 16
+ALL_NET, ALL_SCOPES = 3, 3  # TCP bind and connect; abstract sockets and signals
+
+
+def _check(result, what):
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _prctl(option, value):
+    _check(_libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3), "prctl")
+
+
+def _syscall(number, what, *arguments):
+    return _check(_libc.syscall(ctypes.c_long(number), *arguments), what)
+
+
+def _unshare(flags):
+    _check(_libc.unshare(flags), "unshare")
+
+
+def _mount(source, target, kind, flags, data=None):
+    encode = lambda text: text if text is None else os.fsencode(text)  # noqa: E731
+    arguments = encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data)
+    _check(_libc.mount(*arguments), f"mount on {target}")
 
 
 def die_with_parent():
     """Asks the kernel to kill this process when its parent ends."""
-    if sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if LINUX:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def enter(memory_mb, timeout):
-    """Cages this process for good and returns what each of its children must call for itself."""
+def adopt_orphans():
+    """Makes this process the parent of what its children leave behind."""
+    if LINUX:
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
-    def limit_child():
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        seconds = int(timeout) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
-    return limit_child
+def hide():
+    """Keeps processes of the same user from tracing this one and from reading its memory."""
+    if LINUX:
+        _prctl(PR_SET_NO_NEW_PRIVS, 1)
+        _prctl(PR_SET_DUMPABLE, 0)
+
+
+def separate_pids():
+    """Makes the next fork of this process the first of a new pid namespace; returns what failed, or None."""
+    if not LINUX:
+        return None
+    try:
+        _unshare(NEW_PIDS)  # root, and stays root until it has made its mounts
+    except OSError:
+        try:
+            user, group = os.getuid(), os.getgid()
+            _unshare(NEW_USER | NEW_PIDS)
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text)
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+def enter(memory_mb, timeout, pids_failure=None):
+    """Cages this process for good.
+
+    Args:
+        memory_mb (`int`): Megabytes of address space for this process and for each of its children.
+        timeout (`float`): Seconds that a child may live; bounds its processor time.
+        pids_failure (`str`, *optional*): What `separate_pids` returned in the parent.
+
+    Returns:
+        `tuple[dict[str, str], Callable[[], None]]`: Why each feature that is not active is missing, and what each
+        child must call for itself.
+    """
+    if not LINUX:
+        _limit_resources(memory_mb, 0)
+        return dict.fromkeys(FEATURES, f"{sys.platform} has no such thing"), lambda: _limit_child(timeout, None)
+    missing = {} if pids_failure is None else {"pid namespace": pids_failure}
+
+    def attempt(feature, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError as error:
+            missing[feature] = error.strerror or str(error)
+
+    attempt("no new privileges", _prctl, PR_SET_NO_NEW_PRIVS, 1)
+    attempt("oom", _write_text, "/proc/self/oom_score_adj", "1000")  # if memory runs out, not the trainer
+    missing.pop("oom", None)
+    for flag, name in ((NEW_NET, "net"), (NEW_IPC, "ipc"), (NEW_UTS, "uts")):
+        attempt(f"{name} namespace", _unshare, flag)
+    attempt("private files", _private_files)
+    os.chdir(SCRATCH if "private files" not in missing else "/")
+    attempt("unprivileged user", _become_nobody)
+    # A user namespace counts its processes anew, so that the limit does not count what else the user runs.
+    attempt("thread limit", _unshare, NEW_USER)
+    attempt("no capabilities", _drop_capabilities)
+    _limit_resources(memory_mb, 0 if "private files" in missing else SCRATCH_BYTES)
+    attempt("landlock", _landlock, "private files" not in missing)
+    hide()
+    die_with_parent()  # after the change of user, which would undo it
+    child_filter = None
+    try:
+        if not seccomp.supported():
+            raise OSError(0, f"no table of system calls for {os.uname().machine}")
+        child_filter = seccomp.child_filter()
+        seccomp.install(_libc, seccomp.zygote_filter())
+    except OSError as error:
+        child_filter = None
+        missing["seccomp"] = error.strerror
+    thread_limit = None if "thread limit" in missing else MAX_THREADS + 2
+    return missing, lambda: _limit_child(timeout, child_filter, thread_limit)
+
+
+def report(missing):
+    """Returns the state of every feature, for people."""
+    return {name: f"missing: {missing[name]}" if name in missing else "active" for name in FEATURES}
+
+
+def _write_text(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _library_folders():
+    return sorted({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
+
+
+def _installed_packages(folder):
+    """Returns the folders of third-party packages beneath the standard library: they may hold a task set's answers."""
+    return [entry.path for entry in os.scandir(folder) if entry.name.endswith("-packages")]
+
+
+def _private_files():
+    """Makes a root of our own: the standard library, read-only, and an empty scratch folder in memory."""
+    _unshare(NEW_MOUNTS)
+    _mount("none", "/", None, MS_REC | MS_PRIVATE)
+    root = "/proc"  # any folder that holds nothing we still need
+    _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=256,mode=755")
+    for folder in _library_folders():
+        os.makedirs(root + folder)
+        _mount(folder, root + folder, None, MS_BIND | MS_REC)
+        for packages in _installed_packages(folder):
+            _mount("tmpfs", root + packages, "tmpfs", MS_NOSUID, "size=4k,nr_inodes=2")
+    os.mkdir(root + "/dev")
+    os.close(os.open(root + NULL, os.O_CREAT | os.O_WRONLY))
+    _mount(NULL, root + NULL, None, MS_BIND)
+    os.mkdir(root + SCRATCH)
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+    attributes = ctypes.byref((ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0))
+    _syscall(MOUNT_SETATTR, "mount_setattr", -1, os.fsencode(root), AT_RECURSIVE, attributes, ctypes.c_size_t(32))
+    # The scratch folder belongs to whom the solution will be.
+    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700"
+    options += f",uid={NOBODY},gid={NOBODY}" if _really_root() else ""
+    _mount("tmpfs", root + SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    os.chdir(root)
+    _syscall(PIVOT_ROOT, "pivot_root", b".", b".")
+    _check(_libc.umount2(b".", MNT_DETACH), "umount2")
+
+
+def _really_root():
+    # In a user namespace of our own making no group can be set; root from outside can.
+    return os.geteuid() == 0
+
+
+def _become_nobody():
+    if _really_root():
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _drop_capabilities():
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    _syscall(CAPSET, "capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
+
+
+def _limit_resources(memory_mb, file_bytes):
+    limits = {
+        resource.RLIMIT_AS: memory_mb << 20,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
+        resource.RLIMIT_MEMLOCK: 0,
+    }
+    for name, limit in limits.items():
+        resource.setrlimit(name, (limit, limit))
+
+
+def limit_judge(memory_mb):
+    """Bounds what a solution can make its tests allocate by answering with a huge number."""
+    limit = (memory_mb + 1024) << 20  # room for a result, for the tests' own data and for numpy
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit_child(timeout, child_filter, thread_limit=None):
+    die_with_parent()
+    seconds = int(timeout) + 2  # a last resort: the judge has it killed long before
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    if thread_limit is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (thread_limit, thread_limit))
+    if child_filter is not None:
+        seccomp.install(_libc, child_filter)
+
+
+class _PathRule(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("rights", ctypes.c_uint64), ("folder", ctypes.c_int32)]
+
+
+def _landlock(scratch):
+    abi = _syscall(LANDLOCK_CREATE, "landlock", None, ctypes.c_size_t(0), 1)
+    handled = (1 << FILE_BITS.get(abi, 16)) - 1
+    attributes = (ctypes.c_uint64 * 3)(handled, ALL_NET if abi >= 4 else 0, ALL_SCOPES if abi >= 6 else 0)
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    rules = _syscall(LANDLOCK_CREATE, "landlock", ctypes.byref(attributes), ctypes.c_size_t(size), 0)
+
+    def allow(path, rights):
+        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not stat.S_ISDIR(os.fstat(folder).st_mode):
+            rights &= READ_FILE | WRITE_FILE | TRUNCATE
+        rule = _PathRule(rights & handled, folder)
+        _syscall(LANDLOCK_ADD_RULE, "landlock", rules, 1, ctypes.byref(rule), 0)
+        os.close(folder)
+
+    for folder in _library_folders():
+        allow(folder, READ_DIR)  # import lists it; what lies beneath is opened up one by one
+        for entry in os.scandir(folder):
+            if entry.path not in _installed_packages(folder):
+                allow(entry.path, READ_FILE | READ_DIR)
+    allow(NULL, READ_FILE | WRITE_FILE)
+    if scratch:
+        writing = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | REFER | TRUNCATE
+        allow(SCRATCH, READ_FILE | READ_DIR | writing)
+    _syscall(LANDLOCK_RESTRICT, "landlock", rules, 0)
+    os.close(rules)
+
+
+def wipe_scratch():
+    """Empties the scratch folder, however deep, long-named or unreadable its contents are."""
+    scratch = SCRATCH.encode()
+    while names := os.listdir(scratch):
+        for path in [os.path.join(scratch, name) for name in names]:
+            if not _is_folder(path):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            # Folders within it move up instead of being descended into: no path gets long, no recursion deep.
+            for inner in [os.path.join(path, name) for name in os.listdir(path)]:
+                if _is_folder(inner):
+                    os.chmod(inner, 0o700)
+                    os.rename(inner, os.path.join(scratch, os.urandom(16).hex().encode()))
+                else:
+                    os.unlink(inner)
+            os.rmdir(path)
+
+
+def _is_folder(path):
+    return stat.S_ISDIR(os.lstat(path).st_mode)

@@ -7,6 +7,7 @@ server, the zygote with the judge.
 Not covered here: the caller's side, which starts this file and talks to it (__init__.py).
 """
 
+import importlib
 import json
 import os
 import select
@@ -29,55 +30,88 @@ PRELOADED = (
 ).split()
 
 
+# With these already loaded, numpy imports nothing more when a solution uses it; its files are out of reach then.
+NUMPY = "numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random".split()
+
+
 def worker(descriptor, settings):
     """Becomes the judge of a new worker, after forking its zygote. Never returns."""
-    cage.die_with_parent()
     ours, theirs = socket.socketpair()
+    pids_failure = cage.separate_pids()
+    cage.die_with_parent()
     if os.fork() == 0:
-        cage.die_with_parent()
         ours.close()
         os.close(descriptor)
-        theirs = _at_descriptor(theirs, solution.CHANNEL + 1)
-        limit_child = cage.enter(settings["memory_mb"], settings["timeout"])
-        solution.zygote(theirs, limit_child)
+        os.dup2(theirs.detach(), solution.CHANNEL + 1)
+        control = socket.socket(fileno=solution.CHANNEL + 1)
+        os.closerange(solution.CHANNEL + 2, 64)
+        report = wire.Channel(control.fileno())
+        try:
+            missing, limit_child = cage.enter(settings["memory_mb"], settings["timeout"], pids_failure)
+        except Exception as error:
+            report.send_text([f"{type(error).__name__}: {error}"])
+            raise
+        report.send_text([cage.report(missing)])
+        solution.zygote(control, limit_child, "private files" not in missing)
     theirs.close()
-    judge.judge(wire.Channel(descriptor), ours, settings["timeout"])
-
-
-def _at_descriptor(sock, number):
-    os.dup2(sock.detach(), number)
-    return socket.socket(fileno=number)
+    cage.hide()
+    cage.limit_judge(settings["memory_mb"])
+    caller = wire.Channel(descriptor)
+    caller.send_text(wire.Channel(ours.fileno()).receive_text())
+    judge.judge(caller, ours, settings["timeout"])
 
 
 def serve(control, caller, settings):
-    """Starts and replaces workers as the caller asks, until the caller is gone."""
-    pids = {}
+    """Starts and replaces workers as the caller asks, until the caller is gone; then ends them all."""
+    workers = {}  # number: pid
     while os.getppid() == caller:
         ready, _, _ = select.select([control], [], [], 0.5)
         if ready:
-            message, descriptors, _, _ = socket.recv_fds(control, 4, 1)
+            message, descriptors, _, _ = socket.recv_fds(control, 5, 1)
             if not message:
                 break
-            number = int.from_bytes(message, "little")
-            if number in pids:
-                os.kill(pids.pop(number), signal.SIGKILL)
-            pids[number] = os.fork()
-            if pids[number] == 0:
+            number, with_numpy = int.from_bytes(message[:4], "little"), message[4]
+            if with_numpy:
+                load(NUMPY)
+            if number in workers:
+                os.kill(workers.pop(number), signal.SIGKILL)
+            pid = os.fork()
+            if pid == 0:
                 control.close()
                 worker(descriptors[0], settings)
+            workers[number] = pid
             os.close(descriptors[0])
-        for number, pid in list(pids.items()):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                del pids[number]
-    for pid in pids.values():
+        reap(workers, os.WNOHANG)
+    for pid in workers.values():
         os.kill(pid, signal.SIGKILL)
+    reap(workers, 0)
+
+
+def reap(workers, options):
+    """Takes leave of judges that ended, and of their zygotes, which come to this process as orphans."""
+    try:
+        while pid := os.waitpid(-1, options)[0]:
+            for number in [number for number in workers if workers[number] == pid]:
+                del workers[number]
+    except ChildProcessError:
+        pass
+
+
+def load(names):
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # a forked thread pool would hang
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # then a solution that wants it fails with the same error
+    os.environ.clear()
 
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    for name in PRELOADED:
-        __import__(name)
     try:
+        cage.adopt_orphans()
+        load(PRELOADED)
         serve(socket.socket(fileno=settings["control"]), settings["caller"], settings)
     finally:
         os._exit(0)

@@ -17,6 +17,7 @@ import sys
 import time
 import types
 
+import cage
 import judge
 import wire
 
@@ -25,13 +26,14 @@ DYING_SECONDS = 0.2  # how long a process that has closed its channel may take t
 OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
 
 
-def zygote(control, limit_child):
+def zygote(control, limit_child, has_scratch):
     """Forks a solution process for each start that the judge sends over `control`, until the judge is gone.
 
     Args:
         control (`socket.socket`): connected to the judge. A start is one byte with a descriptor; then the judge says
             `k` (kill it now) or `w` (it seems to be dying: wait a moment), and receives the wait status in four bytes.
         limit_child (`Callable[[], None]`): what must be set anew in each solution process.
+        has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
     """
     gc.collect()
     gc.freeze()
@@ -52,6 +54,8 @@ def zygote(control, limit_child):
         if not word:
             os._exit(0)
         os.write(control.fileno(), status.to_bytes(4, "little"))
+        if has_scratch:
+            cage.wipe_scratch()
 
 
 def _wait_briefly(pid):
