@@ -1,0 +1,284 @@
+"""
+What the stages share before any of them trains: settings that are checked, a model and its adapter, and an output
+directory that belongs to one run.
+
+Everything that can be wrong with the input is found here, before weights are loaded.
+"""
+
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from default_model import DEFAULT_MODEL, default_model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_quantization_config
+
+
+@dataclass
+class TaskArguments:
+    """
+    The tasks a stage works on.
+
+    Args:
+        dataset_name (`str`, *optional*, defaults to `"humaneval"`):
+            What [`~rewards.load_tasks`] reads: `"humaneval"`, a JSONL file, or a Hub dataset id.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            The split to train on.
+    """
+
+    dataset_name: str = field(
+        default="humaneval", metadata={"help": "'humaneval', a JSONL file, or a Hub dataset id."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
+
+
+def parse_settings(*dataclass_types, argv: list[str] | None = None) -> tuple:
+    """
+    The settings of a stage, from `--config FILE.yaml` and `--field value`, which has the last word.
+
+    Args:
+        *dataclass_types (`type`):
+            The dataclasses whose fields are the valid settings.
+        argv (`list[str]`, *optional*):
+            Command line without the program's name, by default this process's.
+
+    Returns:
+        `tuple`: One instance a dataclass, then a `dict` of the fields that were set and their values.
+
+    Raises:
+        SystemExit: A field is unknown (the nearest valid name is given), a file is missing, or a value is refused.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = TrlParser(dataclass_types)
+    valid = {action.dest for action in parser._actions} - {"help"}
+    if "use_cpu" in valid and not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)  # TrainingArguments wants to be told before it allows bf16
+    in_file = {}
+    if "--config" in argv:
+        path = Path((argv[argv.index("--config") + 1 :] or ["(nothing)"])[0])
+        if not path.is_file():
+            raise SystemExit(f"--config: there is no file {path}")
+        try:
+            in_file = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise SystemExit(f"{path} is not YAML: {error}") from None
+        if not isinstance(in_file, dict):
+            raise SystemExit(f"{path}: a recipe is a list of `field: value` lines")
+        _refuse_unknown([name for name in in_file if name != "env"], valid, str(path))
+    on_line = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--") and arg not in ("--config", "--help")]
+    _refuse_unknown(on_line, valid | {name.replace("_", "-") for name in valid}, "the command line")
+    try:
+        parsed = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        raise SystemExit(f"{path if in_file else 'the command line'}: {error}") from error
+
+    given = sorted({name for name in in_file if name != "env"} | {name.replace("-", "_") for name in on_line})
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    return *parsed, {name: values[name] for name in given if name in values}
+
+
+def _refuse_unknown(names: list[str], valid: set[str], where: str) -> None:
+    for name in names:
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise SystemExit(f"{where}: unknown field {name!r}{hint}")
+
+
+def model_path(model_name_or_path: str | None) -> str:
+    """
+    Where a model is loaded from.
+
+    Args:
+        model_name_or_path (`str`):
+            `"qwen2.5-coder-0.5b-instruct"` for the default model, which is fetched if need be, a folder, or a Hub id.
+
+    Returns:
+        `str`: A folder or a Hub id.
+    """
+    if not model_name_or_path:
+        raise SystemExit(f"model_name_or_path is not set: write a folder, a Hub id, or {DEFAULT_MODEL}")
+    if os.path.isdir(model_name_or_path):
+        return model_name_or_path
+    if os.path.basename(model_name_or_path) == DEFAULT_MODEL:
+        return str(default_model())  # also under the path that an adapter made on another machine remembers
+    if model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/", "~")):
+        raise SystemExit(
+            f"model_name_or_path: there is no folder {model_name_or_path!r}, and a Hub id has the form owner/name "
+            f"(the default model is called {DEFAULT_MODEL})"
+        )
+    return model_name_or_path
+
+
+def adapter_base(adapter: str) -> str:
+    """
+    The base that an adapter was trained on.
+
+    Args:
+        adapter (`str`):
+            Directory with `adapter_config.json`.
+
+    Returns:
+        `str`: The base's folder or Hub id, as the adapter's configuration names it.
+    """
+    path = Path(adapter) / "adapter_config.json"
+    if not path.is_file():
+        raise SystemExit(f"there is no adapter in {adapter!r} (no {path.name}): has the stage that writes it finished?")
+    return json.loads(path.read_text())["base_model_name_or_path"]
+
+
+def check_policy(model_args: ModelConfig, adapter: str | None = None, generates: bool = True) -> None:
+    """
+    Check everything about a policy that can be checked before weights are loaded; resolves the model's name in place.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            Which base, in which precision; `model_name_or_path` is replaced by [`model_path`] of it.
+        adapter (`str`, *optional*):
+            Directory of an adapter to be put on the base.
+        generates (`bool`, *optional*, defaults to `True`):
+            Whether the stage samples completions.
+    """
+    if generates and model_args.load_in_4bit and not torch.cuda.is_available():
+        raise SystemExit(
+            "load_in_4bit: a stage that generates cannot use a 4-bit base on a CPU (bitsandbytes repacks its weights at "
+            "the first generation, and the packed layers have no gradient): set load_in_4bit to false"
+        )
+    base = adapter_base(adapter) if adapter else None
+    model_args.model_name_or_path = model_path(model_args.model_name_or_path)
+    if base and os.path.realpath(model_path(base)) != os.path.realpath(model_args.model_name_or_path):
+        raise SystemExit(
+            f"adapter_name_or_path: {adapter} was trained on the base {base}, and model_name_or_path is "
+            f"{model_args.model_name_or_path}: set model_name_or_path to the adapter's base"
+        )
+
+
+def load_tokenizer(model_args: ModelConfig, padding_side: str = "right") -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a base, with a padding token.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            A base that went through [`check_policy`].
+        padding_side (`str`, *optional*, defaults to `"right"`):
+            `"left"` for the trainers that generate.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, revision=model_args.model_revision, padding_side=padding_side
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(model_args: ModelConfig, adapter: str | None = None):
+    """
+    A base, and an adapter on it that can be trained on.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            A base that went through [`check_policy`].
+        adapter (`str`, *optional*):
+            Directory of the adapter.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The adapter's parameters are fp32.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype),
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+    )
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model
+
+
+class RunDirectory:
+    """
+    An output directory that belongs to one run: one stage with one set of settings.
+
+    The same command continues where the run stopped and does nothing when it has finished; another command is refused.
+
+    Args:
+        path (`str`):
+            The directory; made if it does not exist.
+        stage (`str`):
+            The stage's name.
+        settings (`dict`):
+            The fields that were set, as [`parse_settings`] gives them.
+
+    Raises:
+        SystemExit: The directory holds another run, or files of something else.
+    """
+
+    def __init__(self, path: str, stage: str, settings: dict):
+        self.path = Path(path)
+        self.record = self.path / "run.json"
+        self.run = json.loads(json.dumps({"stage": stage, "settings": settings}, default=str))
+        self.finished = False
+        if self.record.is_file():
+            found = json.loads(self.record.read_text())
+            self.finished = found.pop("finished", False)
+            if found != self.run:
+                raise SystemExit(f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}")
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise SystemExit(f"output_dir {path} holds files and no {self.record.name}: {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        return "choose another output_dir, or remove this one if it is not needed"
+
+    def start(self) -> str | None:
+        """
+        Claim the directory.
+
+        Returns:
+            `str` or `None`: The checkpoint to continue from, if the run was interrupted after one.
+        """
+        if PartialState().is_main_process:
+            self._write(self.run)
+        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+
+    def finish(self) -> None:
+        """Record that the run has finished."""
+        if PartialState().is_main_process:
+            self._write({**self.run, "finished": True})
+
+    def _write(self, run: dict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.record, json.dumps(run, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file that is there completely or not at all.
+
+    Args:
+        path (`Path`):
+            The file.
+        text (`str`):
+            Its content.
+    """
+    draft = path.with_suffix(".draft")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _difference(found: dict, wanted: dict) -> str:
+    if found.get("stage") != wanted["stage"]:
+        return f"of the stage {found.get('stage')!r}"
+    old, new = found.get("settings", {}), wanted["settings"]
+    name = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+    return f"with {name} {old.get(name, 'not set')!r} where this one has {new.get(name, 'not set')!r}"

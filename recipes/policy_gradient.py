@@ -1,0 +1,74 @@
+"""
+What `reinforce.py` and `ppo_clip.py` run: from the settings to the saved adapter.
+
+The policy is the base with the SFT stage's adapter, which is trained on while the base stays frozen; without one, a
+new adapter is put on the base. The reward runs every completion against its task's tests in the sandbox.
+"""
+
+from dataclasses import dataclass, field
+
+from common import RunDirectory, TaskArguments, check_policy, load_policy, load_tokenizer, parse_settings
+from rewards import UnitTestReward, load_tasks
+from sandbox import Sandbox
+from trl import ModelConfig, get_peft_config
+
+
+@dataclass
+class RLArguments(TaskArguments):
+    """
+    What an RL stage adds: where its policy comes from and what it is paid for.
+
+    Args:
+        adapter_name_or_path (`str`, *optional*):
+            Directory of the adapter to continue from, usually the SFT stage's. If `None`, a new one is trained.
+        length_penalty (`float`, *optional*, defaults to `0.01`):
+            Price of 100 generated tokens, at least 0.
+        sandbox_timeout (`float`, *optional*, defaults to `5.0`):
+            Seconds a program may take.
+    """
+
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory of the adapter to continue from, usually the SFT stage's."}
+    )
+    length_penalty: float = field(default=0.01, metadata={"help": "Price of 100 generated tokens, at least 0."})
+    sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds a program may take."})
+
+    def __post_init__(self):
+        if self.length_penalty < 0:
+            raise ValueError(f"length_penalty is {self.length_penalty}: write 0 or more, it is subtracted")
+        if self.sandbox_timeout <= 0:
+            raise ValueError(f"sandbox_timeout is {self.sandbox_timeout}: write a number of seconds above 0")
+
+
+def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -> None:
+    """
+    An RL stage from its settings to the saved adapter.
+
+    Args:
+        stage (`str`):
+            The stage's name.
+        trainer_class (`type`):
+            [`~trainers.ReinforceTrainer`] or [`~trainers.PPOClipTrainer`].
+        config_class (`type`):
+            The configuration that it takes.
+    """
+    rl, args, model_args, settings = parse_settings(RLArguments, config_class, ModelConfig)
+    run = RunDirectory(args.output_dir, stage, settings)
+    if run.finished:
+        return print(f"{args.output_dir}: this run has finished")
+    train_dataset = load_tasks(rl.dataset_name, rl.dataset_train_split)
+    check_policy(model_args, rl.adapter_name_or_path)
+
+    checkpoint = run.start()
+    with Sandbox(timeout=rl.sandbox_timeout) as sandbox:
+        trainer = trainer_class(
+            model=load_policy(model_args, rl.adapter_name_or_path),
+            reward_funcs=UnitTestReward(rl.length_penalty, sandbox),
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=load_tokenizer(model_args, padding_side="left"),
+            peft_config=None if rl.adapter_name_or_path else get_peft_config(model_args),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    run.finish()

@@ -1,0 +1,44 @@
+"""
+Stage 1, supervised fine-tuning: teach the base to write the reference solution and to stop after it.
+
+TRL's `SFTTrainer` on prompt and canonical solution, the loss on the solution only, a LoRA adapter on a frozen base
+(QLoRA where the YAML says `load_in_4bit`). Writes an adapter that the RL stages continue from.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py \
+        --config recipes/qwen2.5-coder-0.5b/sft.yaml
+"""
+
+from common import RunDirectory, TaskArguments, check_policy, load_policy, load_tokenizer, parse_settings
+from rewards import load_tasks
+from trainers import add_cpu_lm_head, keep_adapter_in_fp32
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+
+def main():
+    tasks, args, model_args, settings = parse_settings(TaskArguments, SFTConfig, ModelConfig)
+    run = RunDirectory(args.output_dir, "sft", settings)
+    if run.finished:
+        return print(f"{args.output_dir}: this run has finished")
+    train_dataset = load_tasks(tasks.dataset_name, tasks.dataset_train_split).map(
+        lambda task: {"completion": task["canonical_solution"].rstrip()}
+    )
+    check_policy(model_args, generates=False)
+
+    checkpoint = run.start()
+    trainer = SFTTrainer(
+        model=load_policy(model_args),
+        args=args,
+        train_dataset=train_dataset.select_columns(["prompt", "completion"]),
+        processing_class=load_tokenizer(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    keep_adapter_in_fp32(trainer.model)
+    if args.device.type == "cpu":
+        add_cpu_lm_head(trainer.model.get_base_model())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

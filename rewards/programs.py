@@ -1,0 +1,74 @@
+"""
+From a task and a completion to the program that is run, and where a completion's function ends.
+
+A completion continues the prompt to the letter. A chat reply is different: its program is the fenced block in it.
+"""
+
+import ast
+import re
+
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# The first line that starts at column 0 ends the function's body; a closing bracket at column 0 still belongs to it
+_TOP_LEVEL_LINE = re.compile(r"^[^\s)\]}]", re.MULTILINE)
+
+
+def program_source(prompt: str | list[dict], completion: str | list[dict]) -> str:
+    """
+    The solution that a completion makes.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The task's prompt, plain text or chat messages.
+        completion (`str` or `list[dict]`):
+            What the policy wrote, in the same form.
+
+    Returns:
+        `str`: `prompt + completion` for plain text; for a chat the last fenced block of the reply, or the whole reply
+        where it has none.
+    """
+    if isinstance(completion, str):
+        return prompt + completion
+    reply = completion[-1]["content"]
+    blocks = _FENCE.findall(reply)
+    return blocks[-1] if blocks else reply
+
+
+def trusted_setup(prompt: str | list[dict]) -> str:
+    """
+    The prompt as a module of its own, so that tests can use the helper functions that it defines.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The task's prompt.
+
+    Returns:
+        `str`: The prompt, completed with `pass` where it ends in a bare signature; empty for a chat or a text that is
+        no Python.
+    """
+    if not isinstance(prompt, str):
+        return ""
+    for source in (prompt, prompt.rstrip() + "\n    pass\n"):
+        try:
+            ast.parse(source)
+            return source
+        except (SyntaxError, ValueError):
+            pass
+    return ""
+
+
+def truncate_completion(completion: str) -> str:
+    """
+    Cut a completion where the function that it completes ends.
+
+    Args:
+        completion (`str`):
+            The text after the prompt, indented as a function's body.
+
+    Returns:
+        `str`: Everything before the first line that starts at column 0 with something other than a closing bracket.
+    """
+    # The text up to the first newline continues the prompt's last line, so it is never a new statement
+    start = completion.find("\n") + 1
+    end = _TOP_LEVEL_LINE.search(completion, start) if start else None
+    return completion[: end.start()] if end else completion

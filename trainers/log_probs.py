@@ -1,0 +1,182 @@
+"""
+Log-probabilities of completions on a CPU: TRL's fused LM head, and no token computed that does not have to be.
+
+The batch is run as one packed row: no padding, and a prompt that several completions share stands in it once. Only
+completion tokens are scored (TRL's head goes over every position outside of Triton devices), and the gradient is taken
+while the probabilities are at hand, not from logits computed again. Covered: frozen LM heads (LoRA), models with full
+attention and plain logits. Everything else keeps TRL's way.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from .rollout import has_plain_lm_head
+
+
+# Positions whose logits exist at one time: 128 x 151,936 fp32 logits are 78 MB
+CHUNK_SIZE = 128
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    r"""
+    \\( \log p_y \\), entropy and top-1 match of `softmax(hidden @ weight.T / temperature)`, for a head that is not trained.
+
+    The gradient of each position's log-probability is one vector,
+    \\( \partial \log p_y / \partial h = (w_y - \sum_v p_v w_v) / \tau \\), so it is computed in the forward and only
+    scaled in the backward: nothing of the vocabulary's size is kept or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        log_probs, entropies, is_top1, gradients = [], [], [], []
+        hidden = hidden.to(weight.dtype)
+        for states, labels in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
+            logits = nn.functional.linear(states, weight, bias).float().div_(temperature)
+            logits -= logits.logsumexp(-1, keepdim=True)
+            probs = logits.exp()
+            log_probs.append(logits.gather(-1, labels[:, None])[:, 0])
+            entropies.append(-(probs * logits).sum(-1))
+            is_top1.append(logits.argmax(-1) == labels)
+            if ctx.needs_input_grad[0]:
+                expected = probs.to(weight.dtype) @ weight
+                gradients.append((weight[labels].float() - expected.float()) / temperature)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        measured = torch.cat(entropies), torch.cat(is_top1)
+        ctx.mark_non_differentiable(*measured)
+        return torch.cat(log_probs), *measured
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, *_):
+        (gradients,) = ctx.saved_tensors
+        return grad_log_probs[:, None] * gradients, None, None, None, None
+
+
+@dataclass
+class _Segment:
+    """A prompt or a completion in the packed row: its slice, and the prompt's slice if it is a completion."""
+
+    tokens: slice
+    prompt: slice | None = None
+    mask: torch.Tensor | None = None
+
+
+def _segment_attention(module, query, key, value, attention_mask, scaling=None, segments=(), **kwargs):
+    """
+    Attention of the packed row: causal within a segment, and a completion sees all of its prompt.
+
+    Takes and returns what transformers' attention functions do: query, key, value of shape (1, heads, length, size),
+    an output of shape (1, length, heads, size).
+    """
+    outputs = []
+    for segment in segments:
+        q, k, v = (states[:, :, segment.tokens] for states in (query, key, value))
+        if segment.prompt is not None:
+            k = torch.cat([key[:, :, segment.prompt], k], dim=2)
+            v = torch.cat([value[:, :, segment.prompt], v], dim=2)
+        outputs.append(
+            nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=segment.mask, is_causal=segment.mask is None, scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("prompt_and_completions", _segment_attention)
+AttentionMaskInterface.register("prompt_and_completions", lambda *args, **kwargs: None)
+
+
+def _scored_states(model, input_ids, attention_mask, labels) -> torch.Tensor:
+    """
+    Hidden states of the positions that predict a label, shape (number of labels, hidden), in row order.
+
+    The batch is run as one packed row without padding, in which a prompt that several rows share stands once.
+    """
+    device = input_ids.device
+    packed, positions, segments, scored = [], [], [], []
+    prompt_slices = {}
+    end = 0
+    for ids, mask, row_labels in zip(input_ids, attention_mask.bool(), labels, strict=True):
+        ids, is_label = ids[mask], (row_labels != -100)[mask]
+        first = int(is_label.int().argmax()) if is_label.any() else len(ids)
+        prompt = tuple(ids[:first].tolist())
+        if prompt not in prompt_slices:
+            prompt_slices[prompt] = slice(end, end + first)
+            segments.append(_Segment(prompt_slices[prompt]))
+            packed.append(ids[:first])
+            positions.append(torch.arange(first, device=device))
+            end += first
+        prompt_slice, length = prompt_slices[prompt], len(ids) - first
+        if not length:
+            continue
+        causal = torch.ones(length, first + length, dtype=torch.bool, device=device).tril(diagonal=first)
+        segments.append(_Segment(slice(end, end + length), prompt_slice, causal))
+        packed.append(ids[first:])
+        positions.append(torch.arange(first, first + length, device=device))
+        # A label is predicted by the position before it: the first by the prompt's last
+        predictors = torch.cat([torch.tensor([prompt_slice.stop - 1]), torch.arange(end, end + length - 1)]).to(device)
+        scored.append(predictors[is_label[first:]])
+        end += length
+
+    attention = model.config._attn_implementation
+    model.config._attn_implementation = "prompt_and_completions"
+    try:
+        hidden_states = model.base_model(
+            input_ids=torch.cat(packed)[None],
+            position_ids=torch.cat(positions)[None],
+            use_cache=False,
+            segments=segments,
+        ).last_hidden_state[0]
+    finally:
+        model.config._attn_implementation = attention
+    return hidden_states[torch.cat(scored)]
+
+
+def _can_be_packed(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is a function that can be exchanged, over the whole context."""
+    config = model.config.get_text_config()
+    return (
+        has_plain_lm_head(model)
+        and model._supports_attention_backend
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    )
+
+
+def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
+    """
+    Replace the fused LM head that TRL put on `model` by the one of this file, for CPU tensors and a frozen head.
+
+    The contract is TRL's: `model(..., labels=labels, fused_lm_head=True)` returns per-token log-probabilities,
+    entropies and whether the label is the likeliest token, zero where the label is -100; every other call is the
+    model's own forward. TRL's SFTTrainer and RLOOTrainer both use it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model that went through `trl.trainer.utils.add_fused_lm_head`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits.
+    """
+    trl_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        head = self.get_output_embeddings()
+        if not fused_lm_head:
+            return trl_forward(*args, **kwargs)
+        if head.weight.requires_grad or not _can_be_packed(self):
+            return trl_forward(*args, fused_lm_head=True, **kwargs)
+        input_ids, attention_mask, labels = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
+        hidden_states = _scored_states(self, input_ids, attention_mask, labels)
+        labels = labels[:, 1:]
+        mask = labels != -100
+        scores = _FrozenHeadLogProbs.apply(hidden_states, head.weight, head.bias, labels[mask], temperature)
+        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scores)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,117 @@
+"""PPO-Clip without a critic: several epochs on each rollout, the ratio of whole completions clipped."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather
+
+from .policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+
+
+# exp(20) is 5e8: beyond it a ratio says no more than that the policies have nothing in common
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass
+class PPOClipConfig(PolicyGradientConfig):
+    r"""
+    Configuration of [`PPOClipTrainer`]. See [`PolicyGradientConfig`] for the fields not listed.
+
+    Parameters:
+        num_iterations (`int`, *optional*, defaults to `4`):
+            Epochs on each rollout.
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            The ratio is clipped to [1 - epsilon, 1 + epsilon].
+        normalize_advantages (`bool`, *optional*, defaults to `True`):
+            Whether the advantages of the global batch are brought to mean 0 and standard deviation 1.
+    """
+
+    num_iterations: int = field(default=4, metadata={"help": "Number of epochs on each rollout."})
+    normalize_advantages: bool = field(
+        default=True,
+        metadata={"help": "Whether the advantages of the global batch are brought to mean 0 and standard deviation 1."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.normalize_advantages and self.generation_batch_size < 2:
+            raise ValueError(
+                "the advantages of a batch of 1 cannot be normalised: raise per_device_train_batch_size or "
+                "gradient_accumulation_steps, or set normalize_advantages to false"
+            )
+
+
+class PPOClipTrainer(PolicyGradientTrainer):
+    r"""
+    Trainer for PPO's clipped surrogate (Schulman et al. 2017, https://huggingface.co/papers/1707.06347, eq. 7), where
+    an action is a whole completion:
+
+    $$ L = -\frac{1}{N} \sum_i \min\left(r_i A_i, \operatorname{clip}(r_i, 1 - \epsilon, 1 + \epsilon) A_i\right),
+       \qquad r_i = \exp\left(\log \pi_\theta(c_i \mid p_i) - \log \pi_{\text{old}}(c_i \mid p_i)\right) $$
+
+    There is no critic: the advantage is the reward, normalised over the global batch.
+
+    Example:
+
+    ```python
+    from peft import LoraConfig
+    from rewards import UnitTestReward, load_tasks
+    from trainers import PPOClipConfig, PPOClipTrainer
+
+    trainer = PPOClipTrainer(
+        model="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+        reward_funcs=UnitTestReward(length_penalty=0.01),
+        args=PPOClipConfig("runs/ppo_clip", learning_rate=5e-6, max_completion_length=256),
+        train_dataset=load_tasks("humaneval", "train"),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, train_dataset, ...:
+            As [`~trl.RLOOTrainer`] takes them; `args` is a [`PPOClipConfig`].
+    """
+
+    config_class = PPOClipConfig
+    _tag_names = ["trl", "ppo-clip"]
+    _name = "PPO-Clip"
+    _paper = {
+        "title": "Proximal Policy Optimization Algorithms",
+        "id": "1707.06347",
+        "citation": textwrap.dedent("""\
+            @article{schulman2017proximal,
+                title   = {{Proximal Policy Optimization Algorithms}},
+                author  = {John Schulman and Filip Wolski and Prafulla Dhariwal and Alec Radford and Oleg Klimov},
+                year    = 2017,
+                journal = {arXiv preprint arXiv:1707.06347},
+            }"""),
+    }
+
+    def _micro_batches(self, rollout: dict, num_batches: int) -> list[dict]:
+        batches = super()._micro_batches(rollout, num_batches)
+        # One optimizer step an epoch: the first epoch's own forward is still of the old policy. With several, the
+        # policy moves before the later batches are seen, and the old log-probabilities need a forward of their own.
+        if num_batches > self.args.gradient_accumulation_steps:
+            with torch.no_grad():
+                for batch in batches:
+                    batch["old_logps"], _ = self._completion_logps(self.model, batch)
+        return batches
+
+    def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
+        old_logps = inputs.setdefault("old_logps", logps.detach())
+        advantages = inputs["advantages"]
+        ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+
+        low = gather((ratio.detach() < 1 - self.epsilon_low) & (advantages < 0))
+        high = gather((ratio.detach() > 1 + self.epsilon_high) & (advantages > 0))
+        ratios = gather(ratio.detach())
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["clip_ratio/low_mean"].append(low.float().mean().item())
+        metrics["clip_ratio/high_mean"].append(high.float().mean().item())
+        metrics["clip_ratio/region_mean"].append((low | high).float().mean().item())
+        metrics["ratio/min"].append(ratios.min().item())
+        metrics["ratio/max"].append(ratios.max().item())
+        return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
