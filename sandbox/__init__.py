@@ -20,6 +20,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -261,10 +262,11 @@ class Sandbox:
             "caller": os.getpid(),
             "timeout": self.timeout,
             "memory_mb": self.memory_mb,
+            "packages": [sysconfig.get_path("purelib")],
         }
         server = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", server, json.dumps(settings)],
+            [sys.executable, "-I", "-S", server, json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -277,7 +277,8 @@ def _landlock(scratch):
     for folder in _library_folders():
         allow(folder, READ_DIR)  # import lists it; what lies beneath is opened up one by one
         for entry in os.scandir(folder):
-            if entry.path not in _installed_packages(folder):
+            # Debian links some files to others that need not be there.
+            if entry.path not in _installed_packages(folder) and os.path.exists(entry.path):
                 allow(entry.path, READ_FILE | READ_DIR)
     allow(NULL, READ_FILE | WRITE_FILE)
     if scratch:

@@ -52,7 +52,7 @@ class Solution:
     def load(self, *fields):
         """Sends the program's texts and returns the first answer."""
         try:
-            self.channel.send_text(fields)
+            self.channel.send_trusted(fields)
         except ConnectionError:
             pass  # it died early: reading tells how
         return self._receive()
@@ -62,7 +62,7 @@ class Solution:
         if self.fault:
             raise Fault
         try:
-            self.channel.send([list(args), kwargs])
+            self.channel.send_trusted((args, kwargs))
         except wire.CannotCross as error:
             self._break("error", f"in an argument of the tests: {error}")
         except ConnectionError:
@@ -82,6 +82,8 @@ class Solution:
             self._break(*_explain_exit(self.stop(b"w")))
         except ValueError as error:
             self._break("error", f"the solution wrote to the channel itself: {error}")
+        except MemoryError:
+            self._break("error", "the solution answered with more than fits into memory")
         if type(answer) is not list or not answer or type(answer[0]) is not str:
             self._break("error", "the solution wrote to the channel itself")
         return answer
@@ -91,13 +93,16 @@ class Solution:
         raise Fault
 
     def stop(self, word=b"k"):
-        """Ends the process, if this has not been done, and returns its wait status."""
+        """Ends the process, unless that is done; returns its wait status if asked to wait with `w`."""
         if self.channel is None:
             return None
         self.channel.close()
         self.channel = None
-        self.control.send(word)
-        status = self.control.recv(4)
+        try:
+            self.control.send(word)
+            status = self.control.recv(4) if word == b"w" else b"\0"
+        except ConnectionError:
+            status = b""
         if not status:
             os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
         return int.from_bytes(status, "little")
@@ -218,7 +223,9 @@ def run_tests(candidate, entry_point, setup, tests, namespace=None):
         check = namespace.get("check")
         if check is not before:
             check(candidate)
-    except Exception as error:
+    except (Fault, TimeUp):
+        raise
+    except BaseException as error:
         name = type(error).__name__
         where = _place(error.__traceback__, tests)
         return "failed", f"{name}: {where}" if where else f"{name}: {error}", error

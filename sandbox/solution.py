@@ -31,7 +31,7 @@ def zygote(control, limit_child, has_scratch):
 
     Args:
         control (`socket.socket`): connected to the judge. A start is one byte with a descriptor; then the judge says
-            `k` (kill it now) or `w` (it seems to be dying: wait a moment), and receives the wait status in four bytes.
+            `k` (kill it) or `w` (it seems to be dying: tell how), and receives the wait status after a `w`.
         limit_child (`Callable[[], None]`): what must be set anew in each solution process.
         has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
     """
@@ -47,13 +47,10 @@ def zygote(control, limit_child, has_scratch):
         os.close(descriptors[0])
         word = os.read(control.fileno(), 1)
         if word == b"w":
-            status = _wait_briefly(pid)
+            os.write(control.fileno(), _wait_briefly(pid).to_bytes(4, "little"))
         else:
             os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        if not word:
-            os._exit(0)
-        os.write(control.fileno(), status.to_bytes(4, "little"))
+            os.waitpid(pid, 0)
         if has_scratch:
             cage.wipe_scratch()
 
@@ -82,7 +79,7 @@ def _solution_process(descriptor, limit_child):
 
 
 def _serve(channel):
-    source, entry_point, setup, tests = channel.receive_text()
+    source, entry_point, setup, tests = channel.receive_trusting()
     if tests is not None:  # inline: the judge has given up the separation for this program
         channel.send(list(judge.run_inline(source, entry_point, setup, tests)))
         return
@@ -92,7 +89,7 @@ def _serve(channel):
         return
     channel.send(["ok"])
     while True:
-        args, kwargs = channel.receive()
+        args, kwargs = channel.receive_trusting()
         _send_answer(channel, _guarded(loaded, args, kwargs))
 
 
@@ -140,6 +137,23 @@ class _BoundedOutput(io.BytesIO):
         if self.tell() + len(data) > OUTPUT_LIMIT:
             raise OSError("the program printed too much")
         return super().write(data)
+
+
+def warm_up():
+    """Walks the way of a program once, so that its children find the code specialised and copy fewer pages."""
+    ours, theirs = socket.socketpair()
+    judge_side, solution_side = wire.Channel(ours.detach()), wire.Channel(theirs.detach())
+    source = "from typing import List\ndef f(numbers: List[int]) -> int:\n    return len(numbers)\n"
+    for _ in range(20):
+        judge_side.send_trusted((source, "f", None, None))
+        source, entry_point, _, _ = solution_side.receive_trusting()
+        _, function = _load(source, entry_point)
+        judge_side.send_trusted((([1, 2],), {}))
+        args, kwargs = solution_side.receive_trusting()
+        _send_answer(solution_side, _guarded(function, args, kwargs))
+        judge_side.receive()
+    judge_side.close()
+    solution_side.close()
 
 
 def _guarded(function, args, kwargs):
