@@ -220,7 +220,8 @@ class Sandbox:
 
     def _assign(self, worker, job, programs):
         program = programs[job]
-        if "numpy" in program.solution and not worker.numpy:
+        caged = program.solution + program.tests if program.inline else program.solution
+        if "numpy" in caged and not worker.numpy:
             worker.numpy = True
             self._replace(worker)
         worker.job = job

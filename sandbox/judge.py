@@ -151,10 +151,12 @@ class Judge:
         self.control = control
         self.timeout = timeout
         self.armed = False
+        self.late = False
         signal.signal(signal.SIGALRM, self._alarm)
 
     def _alarm(self, number, frame):
         if self.armed:
+            self.late = True  # even if the tests swallow what is raised here
             raise TimeUp
 
     def grade(self, source, tests, entry_point, setup, inline):
@@ -162,6 +164,7 @@ class Judge:
         start = time.monotonic()
         random.seed()
         solution = Solution(self.control)
+        self.late = False
         try:
             # Repeated, in case the tests swallow the first one.
             self.armed = True
@@ -171,16 +174,14 @@ class Judge:
             else:
                 status, detail = self._apart(solution, source, tests, entry_point, setup)
             self.armed = False
-        except TimeUp:
+        except (TimeUp, Fault):
             self.armed = False
-            status, detail = "timeout", f"no verdict within {self.timeout:g} s"
-        except Fault:
-            self.armed = False
-            status, detail = solution.fault
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             solution.stop()
-        if solution.fault and status == "passed":
+        if self.late:
+            status, detail = "timeout", f"no verdict within {self.timeout:g} s"
+        elif solution.fault:
             status, detail = solution.fault
         return status, detail[:MAX_DETAIL], time.monotonic() - start
 
@@ -189,8 +190,6 @@ class Judge:
         if kind != "ok":
             return explain(kind, content)
         status, detail, error = run_tests(solution.call, entry_point, setup, tests)
-        if solution.fault:
-            return solution.fault
         if error is not None and error is solution.raised:
             return explain("raised", [type(error).__name__, str(error)])
         return status, detail

@@ -1,0 +1,133 @@
+"""Plain values cross and come back equal; nothing else crosses, and no bytes can crash, hang or convince the judge."""
+
+import collections
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandbox import Program, Sandbox, wire
+
+ANY_TEXT = st.text(st.characters())  # lone surrogates too
+HASHABLE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | ANY_TEXT | st.binary(),
+    lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=4),
+    max_leaves=8,
+)
+PLAIN = st.recursive(
+    HASHABLE | st.integers(-(1 << 3000), 1 << 3000),
+    lambda inner: st.lists(inner, max_size=5)
+    | st.tuples(inner, inner)
+    | st.sets(HASHABLE, max_size=4)
+    | st.dictionaries(HASHABLE, inner, max_size=4),
+    max_leaves=20,
+)
+GARBAGE = st.binary(max_size=200) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.sampled_from(["int", "bytes", "complex", "tuple", "set", "frozenset", "dict", "?"]), inner),
+    max_leaves=10,
+).map(lambda value: wire._dumps(value).encode())
+
+
+def exact(value):
+    """Returns what tells values apart: the types throughout, the signs of zeros, and that NaN equals itself."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, [exact(item) for item in value]
+    if kind in (set, frozenset):
+        return kind, sorted((exact(item) for item in value), key=repr)
+    if kind is dict:
+        return kind, [(exact(key), exact(item)) for key, item in value.items()]
+    if kind is float:
+        return kind, "nan" if math.isnan(value) else value.hex()
+    if kind is complex:
+        return kind, exact(value.real), exact(value.imag)
+    return kind, value
+
+
+@given(PLAIN)
+@settings(max_examples=300, deadline=None)
+def test_a_plain_value_comes_back_equal(value):
+    assert exact(wire.decode(wire.encode(value))) == exact(value)
+
+
+@given(GARBAGE)
+@settings(max_examples=500, deadline=None)
+def test_garbage_is_a_plain_value_or_refused(data):
+    try:
+        value = wire.decode(data)
+    except ValueError:
+        return
+    assert exact(wire.decode(wire.encode(value))) == exact(value)
+
+
+class Child(int):
+    pass
+
+
+NOT_PLAIN = [object(), Child(1), [Child(1)], {Child(1): 1}, {1: {2: (Child(3),)}}, len, int, range(3), bytearray(b"x")]
+
+
+@pytest.mark.parametrize("value", [*NOT_PLAIN, ..., ValueError(), (i for i in []), memoryview(b"x"), {}.keys()], ids=repr)
+def test_nothing_else_crosses(value):
+    with pytest.raises(wire.CannotCross):
+        wire.encode(value)
+    with pytest.raises(wire.CannotCross):
+        wire.check(value)
+
+
+@pytest.mark.parametrize(
+    "value, crossed",
+    [
+        (collections.Counter("aab"), {"a": 2, "b": 1}),
+        (collections.OrderedDict(a=1), {"a": 1}),
+        (collections.defaultdict(list, a=[1]), {"a": [1]}),
+    ],
+)
+def test_a_dictionary_of_the_standard_library_crosses_as_a_dict(value, crossed):
+    assert exact(wire.decode(wire.encode(value))) == exact(crossed)
+
+
+def test_numpy_scalars_cross_as_python_numbers():
+    numpy = pytest.importorskip("numpy")
+    values = [numpy.float64(1.5), numpy.int64(-3), numpy.bool_(True), numpy.float32(0.5)]
+    assert exact(wire.decode(wire.encode(values))) == exact([1.5, -3, True, 0.5])
+    with pytest.raises(wire.CannotCross):
+        wire.encode(numpy.array([1]))
+
+
+def nested(depth):
+    value = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_bounds_hold_on_both_sides():
+    assert wire.decode(wire.encode(nested(wire.MAX_DEPTH))) == nested(wire.MAX_DEPTH)
+    for value in (nested(wire.MAX_DEPTH + 1), [0] * (wire.MAX_ITEMS + 1), "x" * (wire.MAX_BYTES + 1)):
+        with pytest.raises(wire.CannotCross):
+            wire.encode(value)
+    for data in (b"[" * 150 + b"]" * 150, b"[" * 10**6, b"[" + b"0," * (3 * wire.MAX_ITEMS) + b"0]"):
+        with pytest.raises(ValueError):
+            wire.decode(data)
+
+
+@given(st.lists(GARBAGE | st.binary(max_size=40), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_garbage_on_the_channel_never_convinces(sandbox, pieces):
+    """The solution writes anything, with and without a frame around it, where answers are expected."""
+    framed = [len(piece).to_bytes(4, "little") + piece for piece in pieces]
+    source = "import os\ndef f(x):\n    for piece in {}: os.write(3, piece)\n    os._exit(0)\n"
+    tests = "try:\n    got = f(3)\nexcept Exception:\n    got = None\nassert got == 918273645"
+    programs = [Program(source.format(each), tests, "f") for each in (pieces, framed)]
+    verdicts = sandbox.run([*programs, Program("f = lambda x: x", "assert f(3) == 3", "f")])
+    assert [verdict.passed for verdict in verdicts] == [False, False, True]
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(timeout=1.0) as sandbox:
+        yield sandbox
