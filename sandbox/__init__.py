@@ -20,7 +20,6 @@ import socket
 import struct
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import warnings
@@ -263,7 +262,7 @@ class Sandbox:
             "caller": os.getpid(),
             "timeout": self.timeout,
             "memory_mb": self.memory_mb,
-            "packages": [sysconfig.get_path("purelib")],
+            "packages": [path for path in sys.path if path.endswith("-packages")],  # for numpy
         }
         server = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
         self._process = subprocess.Popen(

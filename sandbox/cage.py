@@ -126,7 +126,7 @@ def enter(memory_mb, timeout, pids_failure=None):
     """
     if not LINUX:
         _limit_resources(memory_mb, 0)
-        return dict.fromkeys(FEATURES, f"{sys.platform} has no such thing"), lambda: _limit_child(timeout, None)
+        return dict.fromkeys(FEATURES, f"{sys.platform} has no such thing"), lambda: _limit_processor(timeout)
     missing = {} if pids_failure is None else {"pid namespace": pids_failure}
 
     def attempt(feature, function, *arguments):
@@ -143,8 +143,7 @@ def enter(memory_mb, timeout, pids_failure=None):
     attempt("private files", _private_files)
     os.chdir(SCRATCH if "private files" not in missing else "/")
     attempt("unprivileged user", _become_nobody)
-    # A user namespace counts its processes anew, so that the limit does not count what else the user runs.
-    attempt("thread limit", _unshare, NEW_USER)
+    attempt("thread limit", _limit_threads)
     attempt("no capabilities", _drop_capabilities)
     _limit_resources(memory_mb, 0 if "private files" in missing else SCRATCH_BYTES)
     attempt("landlock", _landlock, "private files" not in missing)
@@ -159,8 +158,15 @@ def enter(memory_mb, timeout, pids_failure=None):
     except OSError as error:
         child_filter = None
         missing["seccomp"] = error.strerror
-    thread_limit = None if "thread limit" in missing else MAX_THREADS + 2
-    return missing, lambda: _limit_child(timeout, child_filter, thread_limit)
+
+    def limit_child():
+        if "pid namespace" in missing:  # otherwise it cannot outlive the zygote
+            die_with_parent()
+            _limit_processor(timeout)
+        if child_filter is not None:
+            seccomp.install(_libc, child_filter)
+
+    return missing, limit_child
 
 
 def report(missing):
@@ -244,14 +250,18 @@ def limit_judge(memory_mb):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _limit_child(timeout, child_filter, thread_limit=None):
-    die_with_parent()
+def _limit_threads():
+    """Allows the zygote, one child and its threads: a user namespace of our own counts nothing else."""
+    version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    if version < (5, 14):
+        raise OSError(0, "Linux 5.14 or later is needed")
+    _unshare(NEW_USER)
+    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_THREADS + 2, MAX_THREADS + 2))
+
+
+def _limit_processor(timeout):
     seconds = int(timeout) + 2  # a last resort: the judge has it killed long before
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    if thread_limit is not None:
-        resource.setrlimit(resource.RLIMIT_NPROC, (thread_limit, thread_limit))
-    if child_filter is not None:
-        seccomp.install(_libc, child_filter)
 
 
 class _PathRule(ctypes.Structure):
@@ -288,8 +298,13 @@ def _landlock(scratch):
     os.close(rules)
 
 
+_EMPTY = 40  # the size that tmpfs gives a folder without entries
+
+
 def wipe_scratch():
     """Empties the scratch folder, however deep, long-named or unreadable its contents are."""
+    if os.stat(SCRATCH).st_size == _EMPTY:
+        return
     scratch = SCRATCH.encode()
     while names := os.listdir(scratch):
         for path in [os.path.join(scratch, name) for name in names]:

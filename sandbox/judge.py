@@ -162,7 +162,8 @@ class Judge:
     def grade(self, source, tests, entry_point, setup, inline):
         """Returns the verdict's fields: status, detail, seconds."""
         start = time.monotonic()
-        random.seed()
+        if "random" in tests or "random" in setup:
+            random.seed()  # whatever the last tests left
         solution = Solution(self.control)
         self.late = False
         try:

@@ -119,6 +119,7 @@ def load(names):
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
+    sys.argv[:] = sys.orig_argv[:] = [""]  # solutions inherit them
     try:
         cage.adopt_orphans()
         sys.path += settings["packages"]

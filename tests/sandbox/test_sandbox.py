@@ -177,9 +177,9 @@ def test_a_process_killed_from_outside_is_replaced(victim):
             generations.append([int(child) for children in below for child in children])
         os.kill(generations[["server", "judge", "zygote", "solution"].index(victim)][0], signal.SIGKILL)
         thread.join(20)
-        expected = ["crashed"] if victim == "solution" else ["passed"]  # a solution may well have killed itself
-        assert sorted({verdict.status for verdict in verdicts}) == sorted({*expected, "passed"})
-        assert len(verdicts) == 4
+        # A dead solution gets its verdict, as it may have killed itself; all else is run again.
+        died = 1 if victim == "solution" else 0
+        assert sorted(verdict.status for verdict in verdicts) == ["crashed"] * died + ["passed"] * (4 - died)
         assert statuses(sandbox, GOOD, GOOD) == ["passed"] * 2
 
 
