@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from datasets import Dataset
 from default_model import DEFAULT_MODEL, default_model
 from peft import PeftModel
+from rewards import load_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_quantization_config
@@ -91,6 +93,28 @@ def _refuse_unknown(names: list[str], valid: set[str], where: str) -> None:
             near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]!r}?" if near else ""
             raise SystemExit(f"{where}: unknown field {name!r}{hint}")
+
+
+def load_stage_tasks(dataset_name: str, split: str) -> Dataset:
+    """
+    The tasks of a stage.
+
+    Args:
+        dataset_name (`str`):
+            What [`~rewards.load_tasks`] reads.
+        split (`str`):
+            The split.
+
+    Returns:
+        [`~datasets.Dataset`]: The tasks.
+
+    Raises:
+        SystemExit: A row is malformed, or there is no such file, split or dataset.
+    """
+    try:
+        return load_tasks(dataset_name, split)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"dataset_name: {error}") from error
 
 
 def model_path(model_name_or_path: str | None) -> str:

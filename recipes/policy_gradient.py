@@ -7,8 +7,16 @@ new adapter is put on the base. The reward runs every completion against its tas
 
 from dataclasses import dataclass, field
 
-from common import RunDirectory, TaskArguments, check_policy, load_policy, load_tokenizer, parse_settings
-from rewards import UnitTestReward, load_tasks
+from common import (
+    RunDirectory,
+    TaskArguments,
+    check_policy,
+    load_policy,
+    load_stage_tasks,
+    load_tokenizer,
+    parse_settings,
+)
+from rewards import UnitTestReward
 from sandbox import Sandbox
 from trl import ModelConfig, get_peft_config
 
@@ -56,7 +64,7 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
     run = RunDirectory(args.output_dir, stage, settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
-    train_dataset = load_tasks(rl.dataset_name, rl.dataset_train_split)
+    train_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_train_split)
     check_policy(model_args, rl.adapter_name_or_path)
 
     checkpoint = run.start()

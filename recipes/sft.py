@@ -8,8 +8,15 @@ TRL's `SFTTrainer` on prompt and canonical solution, the loss on the solution on
         --config recipes/qwen2.5-coder-0.5b/sft.yaml
 """
 
-from common import RunDirectory, TaskArguments, check_policy, load_policy, load_tokenizer, parse_settings
-from rewards import load_tasks
+from common import (
+    RunDirectory,
+    TaskArguments,
+    check_policy,
+    load_policy,
+    load_stage_tasks,
+    load_tokenizer,
+    parse_settings,
+)
 from trainers import add_cpu_lm_head, keep_adapter_in_fp32
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
@@ -19,7 +26,7 @@ def main():
     run = RunDirectory(args.output_dir, "sft", settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
-    train_dataset = load_tasks(tasks.dataset_name, tasks.dataset_train_split).map(
+    train_dataset = load_stage_tasks(tasks.dataset_name, tasks.dataset_train_split).map(
         lambda task: {"completion": task["canonical_solution"].rstrip()}
     )
     check_policy(model_args, generates=False)

@@ -1,0 +1,98 @@
+"""The CPU path of log-probabilities: the same numbers and gradients as a plain forward of each row alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trainers import add_cpu_lm_head
+from trl.trainer.utils import add_fused_lm_head
+
+
+PROMPT_LENGTH = 6
+PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(2, 200, (3, PROMPT_LENGTH), generator=generator)
+    prompt_mask = torch.ones_like(prompts)
+    prompt_mask[1, :3] = 0
+    completions = torch.randint(2, 200, (8, 5), generator=generator)
+    completion_mask = (torch.arange(5) < torch.tensor([5, 3, 1, 5, 4, 2, 5, 1])[:, None]).long()
+    input_ids = torch.cat([prompts[PROMPT_OF_ROW], completions], 1)
+    attention_mask = torch.cat([prompt_mask[PROMPT_OF_ROW], completion_mask], 1)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :PROMPT_LENGTH] = -100
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def with_adapter(model):
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def adapter_gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch):
+    weights = torch.linspace(-1, 1, 8)  # a different weight a row, as advantages are
+    model = with_adapter(tiny_model)
+    expected_log_probs, expected_entropy = torch.zeros(8, 10), torch.zeros(8, 10)
+    for row in range(8):
+        keep = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][keep], batch["labels"][row][keep]
+        log_softmax = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+        scored = labels[1:] != -100
+        log_probs = log_softmax.gather(-1, ids[1:, None])[:, 0][scored]
+        (weights[row] * log_probs.sum()).backward()
+        at = (batch["labels"][row][1:] != -100).nonzero()[:, 0]
+        expected_log_probs[row, at] = log_probs.detach()
+        expected_entropy[row, at] = -(log_softmax.exp() * log_softmax).sum(-1)[scored].detach()
+    expected_gradients = adapter_gradients(model)
+
+    model.zero_grad()
+    base = model.get_base_model()
+    add_fused_lm_head(base, temperature=0.7)
+    add_cpu_lm_head(base, temperature=0.7)
+    output = model(**batch, fused_lm_head=True)
+    (weights * output.log_probs.sum(1)).sum().backward()
+    torch.testing.assert_close(output.log_probs, expected_log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    assert (adapter_gradients(model) - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
+    assert torch.equal(output.label_mask, batch["labels"][:, 1:] != -100)
+
+
+def test_bf16_base_agrees_with_fp32_to_bf16_accuracy(tiny_model, batch):
+    model = with_adapter(tiny_model.to(torch.bfloat16))
+    add_fused_lm_head(tiny_model)
+    add_cpu_lm_head(tiny_model)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = model(**batch, fused_lm_head=True).log_probs
+        full = model.float()(**batch, fused_lm_head=True).log_probs
+    assert half.dtype == full.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.05)
+
+
+def test_trained_head_keeps_trls_way(tiny_model, batch):
+    def gradients(cpu_head):
+        for parameter in tiny_model.parameters():
+            parameter.grad = None
+        forward = tiny_model.forward
+        add_fused_lm_head(tiny_model)
+        if cpu_head:
+            add_cpu_lm_head(tiny_model)
+        tiny_model(**batch, fused_lm_head=True).log_probs.sum().backward()
+        tiny_model.forward = forward
+        return tiny_model.lm_head.weight.grad.clone()
+
+    assert torch.equal(gradients(cpu_head=True), gradients(cpu_head=False))
+
+
+def test_calls_without_the_fused_head_are_the_models_own(tiny_model, batch):
+    expected = tiny_model(batch["input_ids"], labels=batch["input_ids"])
+    add_fused_lm_head(tiny_model)
+    add_cpu_lm_head(tiny_model)
+    output = tiny_model(batch["input_ids"], labels=batch["input_ids"])
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)

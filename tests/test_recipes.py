@@ -1,0 +1,215 @@
+"""The stages as a user launches them, on a tiny model and three tasks; and bad input, refused before weights load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig, SFTConfig
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from common import RunDirectory, TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
+from default_model import DEFAULT_MODEL  # noqa: E402
+from evaluate import EvaluateArguments, print_table, summarize, wilson_interval  # noqa: E402
+from policy_gradient import RLArguments  # noqa: E402
+from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
+
+
+STAGES = {
+    "sft": (TaskArguments, SFTConfig, ModelConfig),
+    "reinforce": (RLArguments, ReinforceConfig, ModelConfig),
+    "ppo": (RLArguments, PPOClipConfig, ModelConfig),
+    "evaluate": (EvaluateArguments, ModelConfig),
+}
+TASKS = [
+    {
+        "task_id": f"add/{n}",
+        "prompt": f"def add(x):\n    # plus {n}\n",
+        "canonical_solution": f"    return x + {n}\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {n + 1}\n",
+        "entry_point": "add",
+    }
+    for n in range(3)
+]
+
+
+def launch(stage, config, **settings):
+    """Run a stage's script as the README does; returns its exit status and everything it printed."""
+    overrides = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    run = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+        + [f"recipes/{stage}.py", "--config", str(config), *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    common = {"model_name_or_path": str(tiny_folder), "dataset_name": str(tasks)}
+    train = {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "seed": 1, "dtype": "float32"}
+
+    def recipe(name, **fields):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**common, **fields}))
+        return path
+
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+    sft = recipe("sft", **train, **lora, max_steps=2, per_device_train_batch_size=1, output_dir=str(tmp_path / "sft"))
+    status, output = launch("sft", sft)
+    assert status == 0, output
+    assert adapter_base(str(tmp_path / "sft")) == str(tiny_folder)
+    status, output = launch("sft", sft)
+    assert status == 0 and "this run has finished" in output
+    status, output = launch("sft", sft, max_steps=3)
+    assert status != 0 and "holds another run (with max_steps 2 where this one has 3)" in output
+
+    rl = {"adapter_name_or_path": str(tmp_path / "sft"), "max_completion_length": 8, "per_device_train_batch_size": 2}
+    for stage in ("reinforce", "ppo_clip"):
+        config = recipe(stage, **train, **rl, max_steps=1, output_dir=str(tmp_path / stage))
+        status, output = launch(stage, config)
+        assert status == 0, output
+        assert "'pass_rate'" in output
+        assert (tmp_path / stage / "adapter_model.safetensors").is_file()
+
+    evaluate = recipe("evaluate", dtype="float32", dataset_test_split="train", max_completion_length=8, seed=1)
+    results = {"base": str(tiny_folder), "sft": str(tmp_path / "sft")}
+    for name, model in results.items():
+        status, output = launch("evaluate", evaluate, model_name_or_path=model, output_dir=tmp_path / "results" / name)
+        assert status == 0, output
+        metrics = json.loads((tmp_path / "results" / name / "metrics.json").read_text())
+        assert metrics["num_tasks"] == 3 and metrics["num_passed"] == 0 and metrics["model"] == model
+        rows = [json.loads(line) for line in (tmp_path / "results" / name / "per_task.jsonl").read_text().splitlines()]
+        assert [row["task_id"] for row in rows] == ["add/0", "add/1", "add/2"]
+        fields = ["task_id", "completion", "completion_tokens", "verdict", "passed", "passed_truncated"]
+        assert all(list(row) == fields for row in rows)
+    capsys.readouterr()
+    print_table([str(tmp_path / "results" / name) for name in results])
+    table = capsys.readouterr().out
+    assert "| base |    0/3 |" in table and "| sft  |    0/3 |" in table
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_parses(path):
+    *_, settings = parse_settings(*STAGES[path.stem.split("_")[0]], argv=["--config", str(path)])
+    assert set(settings) == set(yaml.safe_load(path.read_text()))
+
+
+def test_deepseek_recipes_hold_the_published_values():
+    folder = ROOT / "recipes" / "deepseek-coder-1.3b"
+
+    def parsed(name):
+        return parse_settings(*STAGES[name.split("_")[0]], argv=["--config", str(folder / f"{name}.yaml")])[:-1]
+
+    _, args, model = parsed("sft")
+    assert (args.learning_rate, args.max_steps, args.warmup_steps, args.weight_decay) == (5e-5, 200, 0.03, 0.01)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 8)
+    assert (model.load_in_4bit, model.bnb_4bit_quant_type, model.use_bnb_nested_quant) == (True, "nf4", True)
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (8, 16, 0.05)
+    assert set(model.lora_target_modules) == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    for alpha in (0.01, 0.03):
+        rl, args, _ = parsed(f"reinforce_alpha{alpha}")
+        assert (rl.length_penalty, args.max_steps, args.generation_batch_size) == (alpha, 100, 1)
+        assert (args.baseline, args.normalize_advantages) == ("none", False)
+        for batch_size in (4, 8):
+            rl, args, _ = parsed(f"ppo_alpha{alpha}_bs{batch_size}")
+            assert (rl.length_penalty, args.generation_batch_size, args.num_generations) == (alpha, batch_size, 1)
+            assert (args.num_iterations, args.epsilon, args.max_steps) == (4, 0.2, 400)
+            assert (args.learning_rate, args.temperature, args.top_p) == (5e-6, 0.8, 0.95)
+            assert (args.max_completion_length, args.max_grad_norm) == (256, 1.0)
+
+
+@pytest.mark.parametrize(
+    "stage, fields, message",
+    [
+        ("sft", {"lerning_rate": 1}, "unknown field 'lerning_rate': did you mean 'learning_rate'?"),
+        ("reinforce", {"length_penalty": -1}, "length_penalty is -1: write 0 or more"),
+        ("reinforce", {"top_p": 1.2}, "top_p is 1.2"),
+        ("ppo", {"sandbox_timeout": 0}, "sandbox_timeout is 0"),
+        ("evaluate", {"top_p": 0}, "top_p is 0"),
+        ("evaluate", {"num_generations": 2}, "set a temperature above 0"),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, stage, fields, message):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **fields}))
+    with pytest.raises(SystemExit) as error:
+        parse_settings(*STAGES[stage], argv=["--config", str(config)])
+    assert message in str(error.value) and str(config) in str(error.value)
+
+
+def test_bad_command_lines_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="there is no file absent.yaml"):
+        parse_settings(*STAGES["sft"], argv=["--config", "absent.yaml"])
+    with pytest.raises(SystemExit, match="unknown field 'max_step': did you mean 'max_steps'"):
+        parse_settings(*STAGES["sft"], argv=["--output_dir", str(tmp_path), "--max_step", "3"])
+
+
+def test_bad_tasks_are_refused(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({**TASKS[0], "test": "assert add(1) == 1"}))
+    with pytest.raises(SystemExit, match="tasks.jsonl:1: field 'test' defines no function check"):
+        load_stage_tasks(str(path), "train")
+    path.write_text("")
+    with pytest.raises(SystemExit, match="has no tasks"):
+        load_stage_tasks(str(path), "train")
+
+
+def test_bad_policies_are_refused(tmp_path, tiny_folder):
+    with pytest.raises(SystemExit, match="cannot use a 4-bit base on a CPU"):
+        check_policy(ModelConfig(model_name_or_path=str(tiny_folder), load_in_4bit=True))
+    with pytest.raises(SystemExit, match="there is no folder 'runs/no/such'"):
+        model_path("runs/no/such")
+    with pytest.raises(SystemExit, match=f"write a folder, a Hub id, or {DEFAULT_MODEL}"):
+        model_path(None)
+    with pytest.raises(SystemExit, match="there is no adapter in .*has the stage that writes it finished"):
+        check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "other/base"}')
+    with pytest.raises(SystemExit, match="was trained on the base other/base, and model_name_or_path is"):
+        check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
+
+
+def test_output_directory_belongs_to_one_run(tmp_path):
+    path = tmp_path / "run"
+    run = RunDirectory(str(path), "sft", {"seed": 1})
+    assert run.start() is None
+    assert not RunDirectory(str(path), "sft", {"seed": 1}).finished
+    run.finish()
+    assert RunDirectory(str(path), "sft", {"seed": 1}).finished
+    with pytest.raises(SystemExit, match="with seed 1 where this one has 2"):
+        RunDirectory(str(path), "sft", {"seed": 2})
+    with pytest.raises(SystemExit, match="of the stage 'sft'"):
+        RunDirectory(str(path), "reinforce", {"seed": 1})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("keep me")
+    with pytest.raises(SystemExit, match="holds files and no run.json"):
+        RunDirectory(str(tmp_path / "other"), "sft", {})
+
+
+def test_summary_has_the_unbiased_estimates():
+    samples = [
+        {"passed": passed, "passed_truncated": True, "completion_tokens": tokens, "verdict": "passed" if passed else "failed"}
+        for passed, tokens in [(True, 10), (False, 20), (False, 30), (False, 60)]
+    ]
+    assert summarize(samples, 2, 2) == {
+        "num_tasks": 2,
+        "num_passed": 0.5,
+        "pass_at_1": 0.25,
+        "pass_at_1_interval": wilson_interval(0.25, 2),
+        "truncated_pass_at_1": 1.0,
+        "truncated_pass_at_1_interval": wilson_interval(1.0, 2),
+        "pass_at_k": {"1": 0.25, "2": 0.5},
+        "mean_completion_tokens": 30,
+        "median_completion_tokens": 25,
+        "verdicts": {"failed": 3, "passed": 1},
+    }
+    # Wilson's interval of 16 in 33, to three places
+    assert wilson_interval(16 / 33, 33) == pytest.approx([0.325, 0.648], abs=5e-4)

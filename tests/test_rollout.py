@@ -1,0 +1,75 @@
+"""Rollouts: the same tokens as transformers greedily, the same distribution when sampled, each row as if alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trainers import generate_completions
+from trainers.rollout import adapter_in_base_dtype, sample_tokens
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+PROMPTS = ["def f(x):", "a", "import os\n\ndef longer_name(a, b):\n", "a", "zz = 3"]
+
+
+def test_greedy_batch_equals_one_by_one_and_transformers(tiny_model, tiny_tokenizer):
+    prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
+    eos = list(range(20))  # many, so that rows end at different steps
+    batched = generate_completions(tiny_model, prompt_ids, eos, 24, temperature=0)
+    assert batched == [generate_completions(tiny_model, [ids], eos, 24, temperature=0)[0] for ids in prompt_ids]
+    for ids, completion in zip(prompt_ids, batched, strict=True):
+        expected = tiny_model.generate(
+            torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=eos, pad_token_id=0
+        )
+        assert completion == expected[0, len(ids) :].tolist()
+    assert len({len(completion) for completion in batched}) > 2
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(0.8, 0.95, 0), (1.3, 0.5, 0), (0.7, 1.0, 20), (1.0, 0.9, 10), (2.0, 1.0, 0)]
+)
+@pytest.mark.parametrize("vocab", [50, 1500])
+def test_samples_follow_the_warped_distribution(temperature, top_p, top_k, vocab):
+    """Chi-square against transformers' own warpers; with 1,500 near-equal tokens the nucleus outgrows the candidates."""
+    torch.manual_seed(1)
+    logits = torch.randn(1, vocab) * (2.0 if vocab == 50 else 0.3)
+    warped = TemperatureLogitsWarper(temperature)(None, logits)
+    warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
+    probs = TopPLogitsWarper(top_p)(None, warped).softmax(-1)[0].double()
+
+    num_samples = 30_000
+    drawn = torch.cat([sample_tokens(logits.expand(500, -1), temperature, top_p, top_k) for _ in range(60)])
+    counts = drawn.bincount(minlength=vocab).double()
+    assert counts[probs == 0].sum() == 0, "a token outside of the truncated distribution was drawn"
+    kept = probs > 0
+    expected = probs[kept] * num_samples
+    statistic = ((counts[kept] - expected) ** 2 / expected).sum()
+    degrees = int(kept.sum()) - 1
+    # Wilson and Hilferty's normal approximation; 4 standard deviations, with a fixed seed
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 4 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+def test_seed_reproduces_samples(tiny_model, tiny_tokenizer):
+    prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate_completions(tiny_model, prompt_ids, [1], 12, temperature=0.8, top_p=0.95)
+
+    assert sample(3) == sample(3) != sample(4)
+    assert sample(3)[1] != sample(3)[3], "two rows of one prompt are two samples"
+
+
+def test_adapter_masters_come_back_untouched(tiny_model):
+    model = get_peft_model(tiny_model.to(torch.bfloat16), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
+    with adapter_in_base_dtype(model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
+    assert {dtype for name, (_, dtype) in before.items() if "lora_" in name} == {torch.float32}
+
+
+def test_progress_counts_rows_that_end(tiny_model, tiny_tokenizer):
+    prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
+    ended = []
+    completions = generate_completions(tiny_model, prompt_ids, [1], 5, temperature=0, on_token=ended.append)
+    assert sum(ended) == sum(completion[-1] == 1 for completion in completions)
