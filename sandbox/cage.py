@@ -8,6 +8,7 @@ the resource limits are there, and the report says so.
 Not covered here: which system calls remain (seccomp.py).
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -104,9 +105,9 @@ def separate_pids():
         try:
             user, group = os.getuid(), os.getgid()
             _unshare(NEW_USER | NEW_PIDS)
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
+            _write_text("/proc/self/setgroups", "deny")
+            _write_text("/proc/self/uid_map", f"{user} {user} 1")
+            _write_text("/proc/self/gid_map", f"{group} {group} 1")
         except OSError as error:
             return error.strerror
     return None
@@ -136,8 +137,8 @@ def enter(memory_mb, timeout, pids_failure=None):
             missing[feature] = error.strerror or str(error)
 
     attempt("no new privileges", _prctl, PR_SET_NO_NEW_PRIVS, 1)
-    attempt("oom", _write_text, "/proc/self/oom_score_adj", "1000")  # if memory runs out, not the trainer
-    missing.pop("oom", None)
+    with contextlib.suppress(OSError):
+        _write_text("/proc/self/oom_score_adj", "1000")  # if memory runs out, it is not the trainer that dies
     for flag, name in ((NEW_NET, "net"), (NEW_IPC, "ipc"), (NEW_UTS, "uts")):
         attempt(f"{name} namespace", _unshare, flag)
     attempt("private files", _private_files)
@@ -241,13 +242,21 @@ def _limit_resources(memory_mb, file_bytes):
         resource.RLIMIT_MEMLOCK: 0,
     }
     for name, limit in limits.items():
+        _set_limit(name, limit)
+
+
+def _set_limit(name, limit):
+    try:
         resource.setrlimit(name, (limit, limit))
+    except (OSError, ValueError):
+        if LINUX:  # macOS has the names of some limits, but not the limits
+            raise
 
 
 def limit_judge(memory_mb):
     """Bounds what a solution can make its tests allocate by answering with a huge number."""
     limit = (memory_mb + 1024) << 20  # room for a result, for the tests' own data and for numpy
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _set_limit(resource.RLIMIT_AS, limit)
 
 
 def _limit_threads():
@@ -256,7 +265,7 @@ def _limit_threads():
     if version < (5, 14):
         raise OSError(0, "Linux 5.14 or later is needed")
     _unshare(NEW_USER)
-    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_THREADS + 2, MAX_THREADS + 2))
+    _set_limit(resource.RLIMIT_NPROC, MAX_THREADS + 2)
 
 
 def _limit_processor(timeout):

@@ -96,6 +96,7 @@ class Solution:
         """Ends the process, unless that is done; returns its wait status if asked to wait with `w`."""
         if self.channel is None:
             return None
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # half of this would confuse the zygote
         self.channel.close()
         self.channel = None
         try:
@@ -103,6 +104,7 @@ class Solution:
             status = self.control.recv(4) if word == b"w" else b"\0"
         except ConnectionError:
             status = b""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         if not status:
             os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
         return int.from_bytes(status, "little")
@@ -184,7 +186,9 @@ class Judge:
             status, detail = "timeout", f"no verdict within {self.timeout:g} s"
         elif solution.fault:
             status, detail = solution.fault
-        return status, detail[:MAX_DETAIL], time.monotonic() - start
+        # A solution may have had its say in the detail: keep it one short line, and a harmless one to print.
+        detail = "".join(letter if letter.isprintable() else " " for letter in detail[:MAX_DETAIL])
+        return status, detail, time.monotonic() - start
 
     def _apart(self, solution, source, tests, entry_point, setup):
         kind, *content = solution.load(source, entry_point, None, None)

@@ -37,14 +37,16 @@ def zygote(control, limit_child, has_scratch):
     """
     gc.collect()
     gc.freeze()
+    space = socket.CMSG_SPACE(4)
     while True:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not descriptors:
+        _, messages, _, _ = control.recvmsg(1, space)
+        if not messages:
             os._exit(0)
+        descriptor = int.from_bytes(messages[0][2], sys.byteorder)
         pid = os.fork()
         if pid == 0:
-            _solution_process(descriptors[0], limit_child)
-        os.close(descriptors[0])
+            _solution_process(descriptor, limit_child)
+        os.close(descriptor)
         word = os.read(control.fileno(), 1)
         if word == b"w":
             os.write(control.fileno(), _wait_briefly(pid).to_bytes(4, "little"))

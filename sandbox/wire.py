@@ -1,9 +1,9 @@
 """How plain builtin values cross between the judge and a solution: what is plain, and in which bytes.
 
-What a solution writes is length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other type is an
-object with one key that names the type. The decoder knows these few names and nothing else, so hostile bytes become a
-plain value or a `ValueError`, never code. Size, depth and number of items are bounded. What the judge writes is marshal,
-checked to be as plain.
+What a solution writes is length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other
+type is an object with one key that names the type. The decoder knows these few names and nothing else, so hostile
+bytes become a plain value or a `ValueError`, never code. Size, depth and number of items are bounded. What the judge
+writes is marshal, checked to be as plain.
 
 Not covered here: what the messages mean (judge.py, solution.py), and who is trusted: the caller's programs travel
 in the same frames, as JSON without bounds (`send_text`, `receive_text`).
@@ -29,10 +29,9 @@ class CannotCross(Exception):
 
 def encode(value):
     """Returns `value` as bytes; raises `CannotCross` for anything but bounded, exactly typed builtin values."""
-    counter = [MAX_ITEMS]
     try:
         # Raw UTF-8 with "surrogatepass": \\u escapes would join two lone surrogates into one character.
-        data = _dumps(_pack(value, MAX_DEPTH, counter)).encode("utf-8", "surrogatepass")
+        data = _dumps(_pack(value, MAX_DEPTH, [MAX_ITEMS])).encode("utf-8", "surrogatepass")
     except RecursionError:
         raise CannotCross("a value is nested too deep to cross") from None
     return _bounded(data)

@@ -43,7 +43,10 @@ def libc(call):
     return attack("passed", source, "assert f(3) is True")
 
 
-EVIL = "class Evil{0}:\n    __eq__ = __ge__ = __le__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n    __hash__ = {1}.__hash__"
+EVIL = """class Evil{0}:
+    __eq__ = __ge__ = __le__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+    __hash__ = {1}.__hash__"""
 
 
 def evil(base):

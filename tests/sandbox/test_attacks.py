@@ -11,7 +11,16 @@ from sandbox import Program, Sandbox
 
 TIMEOUT = 2.0
 GOOD = Program(f"def f(x):\n    return {SECRET}\n", f"assert f(3) == {SECRET}", "f")
-ONLY_X86 = ("vfork", "clone", "bpf", "shared memory", "message queue", "keyring", "another filter", "32-bit system calls")
+ONLY_X86 = (
+    "vfork",
+    "clone",
+    "bpf",
+    "shared memory",
+    "message queue",
+    "keyring",
+    "another filter",
+    "32-bit system calls",
+)
 LINUX = os.path.isdir("/proc/self/fd")
 
 

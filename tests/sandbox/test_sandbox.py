@@ -69,19 +69,32 @@ def test_verdicts_keep_the_order_and_explain(sandbox):
     assert sandbox.run([]) == []
 
 
+def test_a_detail_is_one_short_harmless_line(sandbox):
+    source = "def f(x):\n    raise ValueError('\\x1b[2J\\n\\ud800' + 'x' * 10**6)"
+    (verdict,) = sandbox.run([Program(source, "f(3)", "f")])
+    assert verdict.status == "error" and verdict.detail.isprintable() and len(verdict.detail) <= 200
+
+
 def test_exceptions_cross_by_name(sandbox):
     source = "def f(name):\n    raise {}('text')\n"
     tests = "try:\n    f(1)\nexcept {} as error:\n    assert 'text' in str(error)\nelse:\n    assert False"
-    crossing = [("ValueError", "ValueError"), ("KeyError", "LookupError"), ("type('E', (IndexError,), {})", "IndexError")]
+    crossing = [
+        ("ValueError", "ValueError"),
+        ("KeyError", "LookupError"),
+        ("type('E', (IndexError,), {})", "IndexError"),
+    ]
     programs = [Program(source.format(raised), tests.format(caught), "f") for raised, caught in crossing]
     assert statuses(sandbox, *programs) == ["passed"] * 3
 
 
 def test_scripts_read_stdin_and_print(sandbox):
-    source = "import sys\nif __name__ == '__main__':\n    n = int(input())\n    print(n + sum(map(int, sys.stdin)))\n    sys.exit()"
-    tests = "def check(candidate):\n    for given, wanted in [('1\\n2\\n3', '6'), ('5', '5')]:\n        assert candidate(given).strip() == wanted"
+    source = "import sys\nif __name__ == '__main__':\n    n = int(input())\n    print(n + sum(map(int, sys.stdin)))"
+    tests = "for given, wanted in [('1\\n2\\n3', '6\\n'), ('5', '5\\n')]:\n    assert candidate(given) == wanted"
     wrong = "print(7)"
-    programs = [Program(each, tests, "__main__") for each in (source, wrong, "import sys; sys.exit(3)", "exit(")]
+    programs = [
+        Program(each, tests, "__main__")
+        for each in (f"{source}\nsys.exit()", wrong, "import sys; sys.exit(3)", "exit(")
+    ]
     assert statuses(sandbox, *programs) == ["passed", "failed", "crashed", "error"]
 
 
@@ -98,13 +111,18 @@ def test_inline_shares_live_objects_and_says_so(sandbox, caplog):
     inline = Program(program.solution, program.tests, "f", inline=True)
     assert statuses(sandbox, program) == ["failed"]
     assert not caplog.records
-    assert statuses(sandbox, inline, Program("f = lambda x: 0", "assert f(1)", "f", inline=True)) == ["passed", "failed"]
+    assert statuses(sandbox, inline, Program("f = lambda x: 0", "assert f(1)", "f", inline=True)) == [
+        "passed",
+        "failed",
+    ]
     assert "inline" in caplog.text
 
 
 def test_the_imports_of_solutions_work(sandbox):
     names = "typing math collections itertools functools re heapq bisect string random datetime statistics fractions"
-    source = "\n".join(f"import {name}" for name in f"{names} decimal copy operator hashlib".split()) + "\nf = lambda x: 4"
+    source = (
+        "\n".join(f"import {name}" for name in f"{names} decimal copy operator hashlib".split()) + "\nf = lambda x: 4"
+    )
     numpy = "import numpy as np\nf = lambda x: np.linalg.norm(np.array([0, x + 1]))"
     assert statuses(sandbox, Program(source, "assert f(3) == 4", "f")) == ["passed"]
     pytest.importorskip("numpy")

@@ -70,7 +70,9 @@ class Child(int):
 NOT_PLAIN = [object(), Child(1), [Child(1)], {Child(1): 1}, {1: {2: (Child(3),)}}, len, int, range(3), bytearray(b"x")]
 
 
-@pytest.mark.parametrize("value", [*NOT_PLAIN, ..., ValueError(), (i for i in []), memoryview(b"x"), {}.keys()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [*NOT_PLAIN, ..., ValueError(), (i for i in []), memoryview(b"x"), {}.keys()], ids=repr
+)
 def test_nothing_else_crosses(value):
     with pytest.raises(wire.CannotCross):
         wire.encode(value)
