@@ -7,21 +7,26 @@ Everything that can be wrong with the input is found here, before weights are lo
 
 import difflib
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import yaml
-from accelerate import PartialState
-from datasets import Dataset
-from default_model import DEFAULT_MODEL, default_model
-from peft import PeftModel
-from rewards import load_tasks
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_quantization_config
+
+# On a CPU bitsandbytes warns at import that 4-bit layers could be faster, also where there are none
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from default_model import DEFAULT_MODEL, default_model  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from rewards import load_tasks  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+from trl import ModelConfig, TrlParser, get_quantization_config  # noqa: E402
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,32 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     print_table([str(tmp_path / "results" / name) for name in results])
     table = capsys.readouterr().out
     assert "| base |    0/3 |" in table and "| sft  |    0/3 |" in table
+
+
+def test_killed_run_continues_from_its_checkpoint(tmp_path, tiny_folder):
+    tasks, output_dir = tmp_path / "tasks.jsonl", tmp_path / "run"
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    config = tmp_path / "reinforce.yaml"
+    fields = {"model_name_or_path": str(tiny_folder), "dataset_name": str(tasks), "output_dir": str(output_dir)}
+    fields |= {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "dtype": "float32", "bf16": False}
+    fields |= {"max_completion_length": 8, "per_device_train_batch_size": 2, "save_steps": 1, "logging_steps": 1}
+    config.write_text(yaml.safe_dump({**fields, "max_steps": 20, "report_to": "none"}))
+    command = [sys.executable, "recipes/reinforce.py", "--config", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not (output_dir / "checkpoint-2" / "trainer_state.json").is_file():
+            assert run.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.02)
+        run.kill()
+    reached = max(int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*"))
+    assert reached < 18 and not (output_dir / "adapter_model.safetensors").exists()
+
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (output_dir / "adapter_model.safetensors").is_file()
+    state = json.loads((output_dir / "checkpoint-20" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == list(range(1, 21))
+    steps_logged = run.stdout.count("'step_time'")
+    assert 20 - reached <= steps_logged < 20, "it went on, and did not start again"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
