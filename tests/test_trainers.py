@@ -95,9 +95,18 @@ def ppo_clip_loss(log_probs, old, rewards):
         (PPOClipTrainer, PPOClipConfig, {"max_steps": 3, "num_iterations": 3}, ppo_clip_loss, 3),
     ],
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation, checkpointing", [(1, False), (2, False), (1, True)])
 def test_update_equals_the_formula(
-    tmp_path, tiny_model, tiny_tokenizer, trainer_class, config_class, settings, loss_of, num_epochs, accumulation
+    tmp_path,
+    tiny_model,
+    tiny_tokenizer,
+    trainer_class,
+    config_class,
+    settings,
+    loss_of,
+    num_epochs,
+    accumulation,
+    checkpointing,
 ):
     learning_rate = 1e-2
     model = policy(tiny_model)
@@ -109,7 +118,7 @@ def test_update_equals_the_formula(
         gradient_accumulation_steps=accumulation,
         max_grad_norm=0.0,
         **settings,
-        **COMMON,
+        **{**COMMON, "gradient_checkpointing": checkpointing},
     )
     reward, _ = train_with_sgd(trainer_class, config, model, learning_rate)
     assert len(reward.rollouts) == 1, "one rollout serves all epochs"

@@ -4,7 +4,7 @@ Log-probabilities of completions on a CPU: TRL's fused LM head, and no token com
 The batch is run as one packed row: no padding, and a prompt that several completions share stands in it once. Only
 completion tokens are scored (TRL's head goes over every position outside of Triton devices), and the gradient is taken
 while the probabilities are at hand, not from logits computed again. Covered: frozen LM heads (LoRA), models with full
-attention and plain logits. Everything else keeps TRL's way.
+attention and plain logits, no gradient checkpointing. Everything else keeps TRL's way.
 """
 
 import functools
@@ -139,10 +139,15 @@ def _scored_states(model, input_ids, attention_mask, labels) -> torch.Tensor:
 
 
 def _can_be_packed(model: PreTrainedModel) -> bool:
-    """Whether the model's attention is a function that can be exchanged, over the whole context."""
+    """
+    Whether the model's attention is a function that can be exchanged, over the whole context.
+
+    Not with gradient checkpointing: the layers run again in the backward, when the exchange is over.
+    """
     config = model.config.get_text_config()
     return (
         has_plain_lm_head(model)
+        and not (model.training and model.is_activation_checkpointing)
         and model._supports_attention_backend
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     )
