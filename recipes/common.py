@@ -41,9 +41,7 @@ class TaskArguments:
             The split to train on.
     """
 
-    dataset_name: str = field(
-        default="humaneval", metadata={"help": "'humaneval', a JSONL file, or a Hub dataset id."}
-    )
+    dataset_name: str = field(default="humaneval", metadata={"help": "'humaneval', a JSONL file, or a Hub dataset id."})
     dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
 
 
@@ -261,7 +259,9 @@ class RunDirectory:
             found = json.loads(self.record.read_text())
             self.finished = found.pop("finished", False)
             if found != self.run:
-                raise SystemExit(f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}")
+                raise SystemExit(
+                    f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}"
+                )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise SystemExit(f"output_dir {path} holds files and no {self.record.name}: {self._advice}")
 

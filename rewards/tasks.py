@@ -179,8 +179,12 @@ def _from_mbpp(row: dict, where: str) -> dict:
         raise ValueError(f"{where}: field 'code', 'test_setup_code' or 'test_list' is not Python: {error}") from None
 
     functions = {node.name: i for i, node in enumerate(program.body) if isinstance(node, ast.FunctionDef)}
-    called = [node.func.id for test in tests for node in ast.walk(test)
-              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions]
+    called = [
+        node.func.id
+        for test in tests
+        for node in ast.walk(test)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
+    ]
     if not called:
         raise ValueError(f"{where}: field 'test_list' calls no function that 'code' defines")
     entry_point = called[0]
@@ -204,4 +208,3 @@ def _from_mbpp(row: dict, where: str) -> dict:
         "test": f"{ast.unparse(setup)}\n\n{check}".lstrip(),
         "entry_point": entry_point,
     }
-

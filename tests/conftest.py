@@ -19,7 +19,6 @@ from transformers import (  # noqa: E402
 )
 
 
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A random Qwen2 of 50,000 parameters, fp32, one token a byte."""

@@ -53,7 +53,9 @@ def test_download_that_stops_halfway(tmp_path):
 
 def test_full_disk(tmp_path):
     unshare = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount"]
-    small = f'mount -t tmpfs -o size=64m none {tmp_path} && "$@"; status=$?; ls {tmp_path}/rl-code-agent >&2; exit $status'
+    small = (
+        f'mount -t tmpfs -o size=64m none {tmp_path} && "$@"; status=$?; ls {tmp_path}/rl-code-agent >&2; exit $status'
+    )
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this kernel gives no mount namespace to make a small disk in")
     status, message = fetch(tmp_path, tmp_path, *unshare, "sh", "-c", small, "sh")

@@ -124,7 +124,9 @@ def test_killed_run_continues_from_its_checkpoint(tmp_path, tiny_folder):
     assert 20 - reached <= steps_logged < 20, "it went on, and did not start again"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_recipe_parses(path):
     *_, settings = parse_settings(*STAGES[path.stem.split("_")[0]], argv=["--config", str(path)])
     assert set(settings) == set(yaml.safe_load(path.read_text()))
@@ -223,7 +225,12 @@ def test_output_directory_belongs_to_one_run(tmp_path):
 
 def test_summary_has_the_unbiased_estimates():
     samples = [
-        {"passed": passed, "passed_truncated": True, "completion_tokens": tokens, "verdict": "passed" if passed else "failed"}
+        {
+            "passed": passed,
+            "passed_truncated": True,
+            "completion_tokens": tokens,
+            "verdict": "passed" if passed else "failed",
+        }
         for passed, tokens in [(True, 10), (False, 20), (False, 30), (False, 60)]
     ]
     assert summarize(samples, 2, 2) == {

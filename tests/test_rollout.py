@@ -60,7 +60,9 @@ def test_seed_reproduces_samples(tiny_model, tiny_tokenizer):
 
 
 def test_adapter_masters_come_back_untouched(tiny_model):
-    model = get_peft_model(tiny_model.to(torch.bfloat16), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        tiny_model.to(torch.bfloat16), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    )
     before = {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()}
     with adapter_in_base_dtype(model):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

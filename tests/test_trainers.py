@@ -215,12 +215,16 @@ def test_adapter_masters_are_fp32_and_a_step_at_5e_6_survives(tmp_path, tiny_mod
 
 def test_saved_adapter_is_the_trained_one(tmp_path, tiny_model, tiny_folder):
     model = policy(tiny_model)
-    config = ReinforceConfig(str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=1, learning_rate=1e-2, **COMMON)
+    config = ReinforceConfig(
+        str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=1, learning_rate=1e-2, **COMMON
+    )
     trainer = ReinforceTrainer(model, RecordingReward(), config, train_dataset=dataset())
     trainer.train()
     trainer.save_model()
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == [], "no second adapter"
-    loaded = PeftModel.from_pretrained(type(tiny_model).from_pretrained(tiny_folder, dtype=torch.float32), tmp_path / "run")
+    loaded = PeftModel.from_pretrained(
+        type(tiny_model).from_pretrained(tiny_folder, dtype=torch.float32), tmp_path / "run"
+    )
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert all(torch.equal(loaded.get_parameter(name), p) for name, p in trained.items())
 

@@ -48,7 +48,9 @@ class PolicyGradientConfig(RLOOConfig):
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL penalty subtracted from the reward."})
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Whether to disable dropout: rollouts come from the policy without it, and so should the loss."},
+        metadata={
+            "help": "Whether to disable dropout: rollouts come from the policy without it, and so should the loss."
+        },
     )
     baseline: str = field(
         default="none",
@@ -97,7 +99,9 @@ class PolicyGradientTrainer(RLOOTrainer):
                 "at the first generation, and the packed layers have no gradient): set load_in_4bit to false"
             )
         is_adapter = isinstance(model, torch.nn.Module) and is_peft_model(model)
-        adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if is_adapter else {}
+        adapter = (
+            {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if is_adapter else {}
+        )
         super().__init__(model, reward_funcs, args, *trainer_args, quantization_config=quantization_config, **kwargs)
         if is_peft_model(self.model):
             keep_adapter_in_fp32(self.model, adapter)
@@ -156,7 +160,7 @@ class PolicyGradientTrainer(RLOOTrainer):
             others = groups.nansum(1, keepdim=True) - groups
             rewards = (groups - others / (scored.view_as(groups).sum(1, keepdim=True) - 1)).view(-1)
         if self.normalize_advantages:
-            known = rewards[scored]
+            known = rewards[~rewards.isnan()]
             std = known.std() if len(known) > 1 else known.new_zeros(())
             rewards = (rewards - known.mean()) / (std + 1e-8)
         return rewards.nan_to_num(0.0)
@@ -177,7 +181,9 @@ class PolicyGradientTrainer(RLOOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """The rollout of this process: token ids as lists, and each completion's advantage in the global batch."""
         if "image" in inputs[0] or "images" in inputs[0]:
-            raise ValueError("the tasks have a column 'image' or 'images': this trainer reads text only, drop the column")
+            raise ValueError(
+                "the tasks have a column 'image' or 'images': this trainer reads text only, drop the column"
+            )
         mode = "train" if self.model.training else "eval"
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         prompts = [task["prompt"] for task in inputs]

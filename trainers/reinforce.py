@@ -21,7 +21,7 @@ class ReinforceConfig(PolicyGradientConfig):
         super().__post_init__()
         if self.num_iterations != 1:
             raise ValueError(
-                f"num_iterations is {self.num_iterations}: REINFORCE takes one step a rollout, set it to 1 or use PPO-Clip"
+                f"num_iterations is {self.num_iterations}: REINFORCE takes one step a rollout, set it to 1"
             )
 
 
