@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from trl import ModelConfig, SFTConfig
 
 
@@ -96,6 +98,17 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     print_table([str(tmp_path / "results" / name) for name in results])
     table = capsys.readouterr().out
     assert "| base |    0/3 |" in table and "| sft  |    0/3 |" in table
+
+
+def test_qlora_sft_trains_an_fp32_adapter(tmp_path, tiny_folder):
+    fields = {"model_name_or_path": tiny_folder, "output_dir": tmp_path / "run", "max_steps": 2}
+    status, output = launch("sft", ROOT / "recipes" / "deepseek-coder-1.3b" / "sft.yaml", **fields)
+    assert status == 0, output
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    # B starts at zero, the first step is warm-up, and an AdamW step in one direction is the learning rate
+    moved = max(tensor.abs().max().item() for name, tensor in weights.items() if "lora_B" in name)
+    assert moved == pytest.approx(5e-5, rel=0.02)
 
 
 def test_killed_run_continues_from_its_checkpoint(tmp_path, tiny_folder):
