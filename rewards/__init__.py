@@ -1,6 +1,6 @@
 """Tasks and the reward: task, completion -> program -> sandbox -> number."""
 
-from .programs import program_source, truncate_completion, trusted_setup
+from .programs import program_source, task_program, truncate_completion, trusted_setup
 from .tasks import humaneval_test_ids, load_tasks
 from .unit_tests import UnitTestReward
 
@@ -10,6 +10,7 @@ __all__ = [
     "humaneval_test_ids",
     "load_tasks",
     "program_source",
+    "task_program",
     "truncate_completion",
     "trusted_setup",
 ]

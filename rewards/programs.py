@@ -7,10 +7,32 @@ A completion continues the prompt to the letter. A chat reply is different: its 
 import ast
 import re
 
+from sandbox import Program
+
 
 _FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 # The first line that starts at column 0 ends the function's body; a closing bracket at column 0 still belongs to it
 _TOP_LEVEL_LINE = re.compile(r"^[^\s)\]}]", re.MULTILINE)
+
+
+def task_program(prompt: str | list[dict], completion: str | list[dict], test: str, entry_point: str) -> Program:
+    """
+    The program by which a completion of a task is graded, in training and in evaluation.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            The task's prompt, plain text or chat messages.
+        completion (`str` or `list[dict]`):
+            What the policy wrote, in the same form.
+        test (`str`):
+            The task's tests.
+        entry_point (`str`):
+            The name of the function under test.
+
+    Returns:
+        [`~sandbox.Program`]
+    """
+    return Program(program_source(prompt, completion), test, entry_point, setup=trusted_setup(prompt))
 
 
 def program_source(prompt: str | list[dict], completion: str | list[dict]) -> str:

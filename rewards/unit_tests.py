@@ -7,9 +7,9 @@ run in the sandbox, never in the caller's process. Not covered: partial credit.
 
 from collections.abc import Callable
 
-from sandbox import Program, Sandbox
+from sandbox import Sandbox
 
-from .programs import program_source, trusted_setup
+from .programs import task_program
 
 
 class UnitTestReward:
@@ -91,10 +91,7 @@ class UnitTestReward:
         if self._sandbox is None:
             self._sandbox = Sandbox()
         verdicts = self._sandbox.run(
-            [
-                Program(program_source(prompt, completion), tests, name, setup=trusted_setup(prompt))
-                for prompt, completion, tests, name in zip(prompts, completions, test, entry_point, strict=True)
-            ]
+            [task_program(*task) for task in zip(prompts, completions, test, entry_point, strict=True)]
         )
         lengths = [len(ids) for ids in completion_ids] if completion_ids is not None else [0] * len(completions)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .rollout import has_plain_lm_head
+from .rollout import base_model, has_plain_lm_head
 
 
 # Positions whose logits exist at one time: 128 x 151,936 fp32 logits are 78 MB
@@ -162,11 +162,12 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     model's own forward. TRL's SFTTrainer and RLOOTrainer both use it.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model that went through `trl.trainer.utils.add_fused_lm_head`.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy of a TRL trainer, whose base went through `trl.trainer.utils.add_fused_lm_head`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits.
     """
+    model = base_model(model)
     trl_forward = model.forward
 
     @functools.wraps(type(model).forward)

@@ -108,8 +108,7 @@ class PolicyGradientTrainer(RLOOTrainer):
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
         if self._rolls_out_on_cpu:
-            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-            add_cpu_lm_head(base, self.temperature)
+            add_cpu_lm_head(self.model, self.temperature)
 
     @property
     def _rolls_out_on_cpu(self) -> bool:

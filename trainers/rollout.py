@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -21,6 +22,20 @@ NUM_CANDIDATES = 1024
 
 # Settings by which a model changes its logits after the LM head, under the names that the architectures give them
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def base_model(policy: nn.Module) -> PreTrainedModel:
+    """
+    The causal language model of a policy, without the adapter around it.
+
+    Args:
+        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]
+    """
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
 def has_plain_lm_head(model: PreTrainedModel) -> bool:
@@ -145,7 +160,7 @@ def generate_completions(
     Returns:
         `list[list[int]]`: Each completion's token ids, its EOS included where it has one.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     head = base.get_output_embeddings()
     device = head.weight.device
 
