@@ -24,8 +24,8 @@ from datasets import Dataset  # noqa: E402
 from default_model import DEFAULT_MODEL, default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from rewards import load_tasks  # noqa: E402
+from trainers import last_checkpoint  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from trl import ModelConfig, TrlParser, get_quantization_config  # noqa: E402
 
 
@@ -278,7 +278,7 @@ class RunDirectory:
         """
         if PartialState().is_main_process:
             self._write(self.run)
-        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+        return last_checkpoint(self.path)
 
     def finish(self) -> None:
         """Record that the run has finished."""

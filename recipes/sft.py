@@ -17,8 +17,12 @@ from common import (
     load_tokenizer,
     parse_settings,
 )
-from trainers import add_cpu_lm_head, keep_adapter_in_fp32
+from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+
+class _SFTTrainer(CompleteCheckpoints, SFTTrainer):
+    pass
 
 
 def main():
@@ -32,7 +36,7 @@ def main():
     check_policy(model_args, generates=False)
 
     checkpoint = run.start()
-    trainer = SFTTrainer(
+    trainer = _SFTTrainer(
         model=load_policy(model_args),
         args=args,
         train_dataset=train_dataset.select_columns(["prompt", "completion"]),

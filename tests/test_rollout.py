@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from trainers import generate_completions
-from trainers.rollout import adapter_in_base_dtype, sample_tokens
+from trainers.adapters import adapter_in_base_dtype
+from trainers.rollout import sample_tokens
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 

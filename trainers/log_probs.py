@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .rollout import base_model, has_plain_lm_head
+from .adapters import base_model
+from .rollout import has_plain_lm_head
 
 
 # Positions whose logits exist at one time: 128 x 151,936 fp32 logits are 78 MB

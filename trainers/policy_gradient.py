@@ -2,88 +2,48 @@
 What REINFORCE and PPO-Clip share: the rollout step, the advantage, and the way to the loss.
 
 TRL's `RLOOTrainer` brings generation with vLLM, reward functions, PEFT, distributed training, logging and checkpoints.
-Replaced here are its rollout step (no forward for old log-probabilities, micro-batches without needless padding, and on
-a CPU the rollout of `rollout.py`), its advantage and its loss. The private names of TRL this rests on, so that an
-upgrade has one list to check: `_generate`, `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`,
-`_get_per_token_logps_and_entropies`, `_metrics`, `_logs`, `_pending_metrics`, `_pending_extra_logs`, `_step`,
-`_buffered_inputs`, `_tokenizer`. Not covered: images.
+Replaced here are its rollout step (no forward for old log-probabilities, micro-batches without needless padding, rewards
+computed beside the log-probabilities, and on a CPU the rollout of `rollout.py`), its advantage and its loss. The private names of TRL this rests on, so that an upgrade has one
+list to check: `_generate`, `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`, `_last_loaded_step`,
+`_get_per_token_logps_and_entropies`, `_metrics`, `_logs`, `_log_metric`, `_log_completion_extra`, `_pending_metrics`,
+`_pending_extra_logs`, `_step`, `_buffered_inputs`, `_tokenizer`; of transformers `_get_grad_norm`; and what
+`checkpoints.py` names. Not covered: images.
 """
 
-from dataclasses import dataclass, field
+import logging
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
-from accelerate.utils import gather, gather_object, is_peft_model
+from accelerate.utils import DistributedType, gather, gather_object, is_peft_model
 from transformers import PreTrainedModel
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id, pad, use_adapter
 
+from .adapters import base_comes_back, keep_adapter_in_fp32
+from .checkpoints import CompleteCheckpoints, ContinuedRollouts
+from .config import PolicyGradientConfig
+from .grading import BackgroundAsyncReward, BackgroundReward, in_background
 from .log_probs import add_cpu_lm_head
 from .rollout import generate_completions
 
 
-BASELINES = ("none", "batch", "group")
+ROLLOUTS_WITHOUT_SIGNAL = 5  # in a row, before a warning
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class PolicyGradientConfig(RLOOConfig):
-    r"""
-    Configuration of both trainers: [`~trl.RLOOConfig`] with other defaults, one completion a prompt allowed, and a
-    choice of baseline.
-
-    Parameters:
-        num_generations (`int`, *optional*, defaults to `1`):
-            Completions sampled for each prompt.
-        beta (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the KL penalty that is subtracted from the reward.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Rollouts come from the policy without dropout, and so must the log-probabilities they are trained on.
-        baseline (`str`, *optional*, defaults to `"none"`):
-            What is subtracted from the reward to give the advantage: `"none"`, the mean of the global batch
-            (`"batch"`), or the mean of the prompt's other completions (`"group"`, leave-one-out, as in RLOO).
-        normalize_advantages (`bool`, *optional*):
-            Whether the advantages of the global batch are brought to mean 0 and standard deviation 1.
-    """
-
-    num_generations: int = field(default=1, metadata={"help": "Number of completions sampled for each prompt."})
-    beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL penalty subtracted from the reward."})
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to disable dropout: rollouts come from the policy without it, and so should the loss."
-        },
-    )
-    baseline: str = field(
-        default="none",
-        metadata={
-            "help": "What is subtracted from the reward: nothing, the mean of the global batch, or the mean of the "
-            "prompt's other completions.",
-            "choices": list(BASELINES),
-        },
-    )
-
-    def __post_init__(self):
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: write a number above 0 and at most 1 (1 keeps every token)")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: write a number above 0, the policy is sampled from")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline is {self.baseline!r}: write one of {', '.join(map(repr, BASELINES))}")
-        if self.baseline == "group" and self.num_generations < 2:
-            raise ValueError("baseline 'group' compares completions of one prompt: set num_generations to 2 or more")
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # The last check of RLOOConfig, which has a leave-one-out baseline only
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
-
-
-class PolicyGradientTrainer(RLOOTrainer):
+class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer):
     """
     Base of [`ReinforceTrainer`] and [`PPOClipTrainer`], which define `policy_loss`.
 
     Takes what [`~trl.RLOOTrainer`] takes. LoRA parameters are kept in fp32, under a quantised base too: an AdamW step
     at a learning rate of 5e-6 on a bf16 weight of 1e-2 rounds to nothing.
+
+    Besides what [`~trl.RLOOTrainer`] logs, `seconds/...` are those of an optimizer step: `rollout`, `grading` (the
+    reward functions' own time), `grading_wait` (what of it the other phases did not hide), `log_probs`, `backward`.
     """
 
     config_class = PolicyGradientConfig
@@ -109,6 +69,15 @@ class PolicyGradientTrainer(RLOOTrainer):
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
         if self._rolls_out_on_cpu:
             add_cpu_lm_head(self.model, self.temperature)
+        threads, loop = ThreadPoolExecutor(1, "reward"), getattr(self, "async_loop", None)
+        self.reward_funcs = [
+            function if isinstance(function, torch.nn.Module) else in_background(function, threads, loop)
+            for function in self.reward_funcs
+        ]
+        self._ungraded = None  # a rollout and its micro-batches, until their advantages are needed
+        self._rollouts_without_signal = 0
+        self._seconds = Counter()
+        self._seconds_logged_at = 0
 
     @property
     def _rolls_out_on_cpu(self) -> bool:
@@ -164,50 +133,112 @@ class PolicyGradientTrainer(RLOOTrainer):
             rewards = (rewards - known.mean()) / (std + 1e-8)
         return rewards.nan_to_num(0.0)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        if not self._rolls_out_on_cpu:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        return generate_completions(
-            self.accelerator.unwrap_model(self.model),
-            prompt_ids,
-            self.eos_token_ids,
-            self.max_completion_length,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-        )
+    @contextmanager
+    def _phase(self, name: str):
+        """Counts the seconds of a phase of training."""
+        started = time.perf_counter()
+        yield
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        if self.model.training:
+            self._seconds[name] += time.perf_counter() - started
 
-    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        """The rollout of this process: token ids as lists, and each completion's advantage in the global batch."""
-        if "image" in inputs[0] or "images" in inputs[0]:
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        sampled = self.model.training
+        if self._rolls_out_on_cpu:
+            return generate_completions(
+                self.accelerator.unwrap_model(self.model),
+                prompt_ids,
+                self.eos_token_ids,
+                self.max_completion_length,
+                self.temperature if sampled else 0.0,
+                self.top_p,
+                self.top_k,
+            )
+        if self.use_vllm:
+            self.vllm_generation.temperature = self.temperature if sampled else 0.0
+        elif not self.use_transformers_continuous_batching:
+            self.generation_config.do_sample = sampled
+        # TRL merges the adapter to hand the weights to vLLM, after each step once
+        merges = (
+            self.use_vllm
+            and is_peft_model(self.model)
+            and self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            and self.state.global_step != self._last_loaded_step
+        )
+        with base_comes_back(self.model) if merges else nullcontext():
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+
+    def _roll_out(self, tasks: list[dict]) -> dict:
+        """
+        The rollout of this process: its completions with token ids as lists. Their grading has been started.
+
+        Args:
+            tasks (`list[dict]`):
+                Rows of the dataset, as often as each is to be completed.
+        """
+        if "image" in tasks[0] or "images" in tasks[0]:
             raise ValueError(
                 "the tasks have a column 'image' or 'images': this trainer reads text only, drop the column"
             )
-        mode = "train" if self.model.training else "eval"
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        prompts = [task["prompt"] for task in inputs]
-        prompt_ids, completion_ids, completions = self._generate(prompts)
-        rollout = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+        prompts = [task["prompt"] for task in tasks]
+        with self._phase("rollout"):
+            prompt_ids, completion_ids, completions = self._generate(prompts)
+        columns = {name: [task[name] for task in tasks] for name in tasks[0] if name not in ("prompt", "completion")}
+        for function in self.reward_funcs:
+            if isinstance(function, BackgroundReward | BackgroundAsyncReward):
+                function.start(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=completion_ids,
+                    trainer_state=self.state,
+                    log_extra=self._log_completion_extra,
+                    log_metric=self._log_metric,
+                    **columns,
+                )
+        rollout = {
+            "tasks": tasks,
+            "prompts": prompts,
+            "prompt_ids": prompt_ids,
+            "completions": completions,
+            "completion_ids": completion_ids,
+        }
+        if self.beta != 0.0:
+            rollout["kl"] = self._kl_to_reference(rollout)
+        return rollout
 
-        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+    def _collect_advantages(self) -> None:
+        """Waits for the rewards of the latest rollout and gives its micro-batches their advantages."""
+        (rollout, batches), self._ungraded = self._ungraded, None
+        mode = "train" if self.model.training else "eval"
+        try:
+            with self._phase("grading_wait"):
+                rewards_per_func = self._calculate_rewards(
+                    *(rollout[name] for name in ("tasks", "prompts", "completions", "completion_ids"))
+                )
+        except Exception as error:
+            raise self.stopped(str(error)) from error
+        if mode == "train":
+            self._seconds["grading"] += sum(getattr(function, "seconds", 0.0) for function in self.reward_funcs)
         unscored = rewards_per_func.isnan().all(dim=1)
         weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         rewards = weighted.masked_fill(unscored, torch.nan)
         if self.reward_clip_range:
             rewards = rewards.clamp(*self.reward_clip_range)
-        if self.beta != 0.0:
-            kl, num_tokens = self._kl_to_reference(rollout)
-            rewards = rewards - self.beta * gather(kl)
-            self._metrics[mode]["kl"].append((gather(kl).sum() / gather(num_tokens).sum()).item())
-        advantages = self.advantages(rewards, num_generations)
-        first = self.accelerator.process_index * len(prompts)
-        rollout["advantages"] = advantages[first : first + len(prompts)]
-        self._log_rollout(mode, prompts, completions, rewards_per_func, weighted, unscored, advantages, num_generations)
-        return rollout
+        if "kl" in rollout:
+            kl = gather(rollout["kl"])
+            num_tokens = gather(torch.tensor([len(ids) for ids in rollout["completion_ids"]], device=kl.device))
+            rewards = rewards - self.beta * kl
+            self._metrics[mode]["kl"].append((kl.sum() / num_tokens.sum()).item())
+        advantages = self.advantages(rewards, self.num_generations) if mode == "train" else rewards.nan_to_num(0.0)
+        self._log_rollout(mode, rollout, rewards_per_func, weighted, unscored, advantages)
+        first = self.accelerator.process_index * len(rollout["prompts"])
+        for batch in batches:
+            batch["advantages"] = advantages[[first + row for row in batch["rows"]]]
 
     @torch.no_grad()
-    def _kl_to_reference(self, rollout: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """log(policy / reference) of each whole completion, the estimate RLOO's penalty takes, and its tokens."""
+    def _kl_to_reference(self, rollout: dict) -> torch.Tensor:
+        """log(policy / reference) of each whole completion, the estimate that RLOO's penalty takes, shape (rows,)."""
         kl = torch.zeros(len(rollout["prompt_ids"]), device=self.accelerator.device)
         for rows in torch.arange(len(kl)).split(self.args.per_device_train_batch_size):
             batch = self._collate(rollout, rows.tolist())
@@ -219,45 +250,73 @@ class PolicyGradientTrainer(RLOOTrainer):
                 with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
                     ref_logps, _ = self._completion_logps(self.model, batch)
             kl[rows] = logps - ref_logps
-        return kl, torch.tensor([len(ids) for ids in rollout["completion_ids"]], device=kl.device)
+        return kl
 
-    def _log_rollout(
-        self, mode, prompts, completions, rewards_per_func, weighted, unscored, advantages, num_generations
-    ):
-        """Everything RLOOTrainer logs of a rollout, under its names."""
+    def _log_rollout(self, mode, rollout, rewards_per_func, weighted, unscored, advantages):
+        """What RLOOTrainer logs of a rollout, under its names."""
         metrics = self._metrics[mode]
+        # Batches of an evaluation may differ in size: every completion counts the same
+        weight = len(advantages) if mode == "eval" else 1
+
+        def record(name, value):
+            metrics[name].extend([value] * weight)
+
         scored = weighted[~unscored]
         for i, name in enumerate(self.reward_func_names):
             known = rewards_per_func[:, i][~rewards_per_func[:, i].isnan()]
-            metrics[f"rewards/{name}/mean"].append(known.mean().item())
-            metrics[f"rewards/{name}/std"].append(known.std(correction=0).item())
+            record(f"rewards/{name}/mean", known.mean().item())
+            record(f"rewards/{name}/std", known.std(correction=0).item())
             self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
-        metrics["reward"].append(scored.mean().item())
-        metrics["reward_std"].append(scored.std(correction=0).item())
-        groups = weighted.view(-1, num_generations)
-        metrics["frac_reward_zero_std"].append((groups.amax(1) - groups.amin(1) < 1e-8).float().mean().item())
+        record("reward", scored.mean().item())
+        record("reward_std", scored.std(correction=0).item())
 
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
+        self._logs["prompt"].extend(gather_object(rollout["prompts"]))
+        self._logs["completion"].extend(gather_object(rollout["completions"]))
         self._logs["advantages"].extend(advantages.tolist())
         # Sorted, so that all processes gather in the same order
         for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [None] * len(prompts))
+            values = self._pending_extra_logs.get(column, [None] * len(rollout["prompts"]))
             self._logs["extra"][column].extend(gather_object(values))
         self._pending_extra_logs.clear()
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))
-            metrics[name].append(sum(values) / len(values))
+            record(name, sum(values) / len(values))
         self._pending_metrics.clear()
+        if mode == "train":
+            self._note_signal(weighted, metrics)
+
+    def _note_signal(self, rewards: torch.Tensor, metrics: dict[str, list[float]]) -> None:
+        """Warns of a run in which nothing can be learnt: rewards that are all the same, or none or all that pass."""
+        groups = rewards.view(-1, self.num_generations if self.args.baseline == "group" else len(rewards))
+        without_signal = groups.amax(1) - groups.amin(1) < 1e-8
+        metrics["frac_reward_zero_std"].append(without_signal.float().mean().item())
+        pass_rate = metrics["pass_rate"][-1] if metrics.get("pass_rate") else None
+        if not without_signal.all() and pass_rate not in (0.0, 1.0):
+            self._rollouts_without_signal = 0
+            return
+        self._rollouts_without_signal += 1
+        if self._rollouts_without_signal == ROLLOUTS_WITHOUT_SIGNAL and self.accelerator.is_main_process:
+            what = {
+                0.0: "no completion has passed; with a length penalty the policy learns to write less, not to pass",
+                1.0: "every completion has passed, only their lengths can still improve",
+            }.get(pass_rate, "all rewards that are compared with each other are the same")
+            logger.warning(
+                f"{ROLLOUTS_WITHOUT_SIGNAL} rollouts in a row carry no signal: {what}. Tasks of another difficulty, "
+                "more completions (num_generations) or a higher temperature give rewards that differ"
+            )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
         if not self.model.training:
-            rollout = self._generate_and_score_completions(generation_batch)
-            return self._collate(rollout, range(len(generation_batch)))
+            rollout = self._roll_out(generation_batch)
+            batch = self._collate(rollout, range(len(generation_batch)))
+            self._ungraded = rollout, [batch]
+            return batch
         steps = self.args.steps_per_generation
-        # The buffer is empty in the middle of a cycle when a run continues from a checkpoint
+        # The buffer is empty in the middle of a cycle when a run continues from a checkpoint without one
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._micro_batches(self._generate_and_score_completions(generation_batch), steps)
+            rollout = self._roll_out(generation_batch)
+            self._buffered_inputs = self._micro_batches(rollout, steps)
+            self._ungraded = rollout, self._buffered_inputs
         return self._buffered_inputs[self._step % steps]
 
     def _micro_batches(self, rollout: dict, num_batches: int) -> list[dict]:
@@ -275,7 +334,7 @@ class PolicyGradientTrainer(RLOOTrainer):
         return batches
 
     def _collate(self, rollout: dict, rows) -> dict:
-        """Padded tensors of some rows: prompts to the left, completions to the right, both of shape (rows, length)."""
+        """Some rows as padded tensors: prompts to the left, completions to the right, both of shape (rows, length)."""
         batch = {}
         for part, side in (("prompt", "left"), ("completion", "right")):
             ids = [torch.tensor(rollout[f"{part}_ids"][row]) for row in rows]
@@ -285,18 +344,16 @@ class PolicyGradientTrainer(RLOOTrainer):
         if self.mask_truncated_completions:
             ended = [rollout["completion_ids"][row][-1] in self.eos_token_ids for row in rows]
             batch["completion_mask"] *= torch.tensor(ended)[:, None]
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        if "advantages" in rollout:
-            batch["advantages"] = rollout["advantages"][list(rows)]
-        return batch
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} | {"rows": list(rows)}
 
     def _completion_logps(self, model: PreTrainedModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each whole completion, shape (rows,), and the mean entropy of its tokens, a scalar."""
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        per_token_logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, batch["completion_ids"].size(1), compute_entropy=True
-        )
+        with self._phase("log_probs"):
+            per_token_logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, batch["completion_ids"].size(1), compute_entropy=True
+            )
         mask = batch["completion_mask"]
         entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
         return (per_token_logps.float() * mask).sum(1), entropy
@@ -307,20 +364,31 @@ class PolicyGradientTrainer(RLOOTrainer):
         logps, entropy = self._completion_logps(model, inputs)
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["entropy"].append(gather(entropy).mean().item())
-        return self.policy_loss(logps, inputs)
+        if self._ungraded is not None:
+            self._collect_advantages()
+        loss = self.policy_loss(logps, inputs)
+        if not loss.isfinite():
+            raise self.stopped(f"the loss is {loss.item()}, so a log-probability or a reward is not a finite number")
+        return loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        others = self._seconds.total() - self._seconds["grading"]
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        others = self._seconds.total() - self._seconds["grading"] - others
+        self._seconds["backward"] += time.perf_counter() - started - others
+        return loss
 
-def keep_adapter_in_fp32(model, values: dict[str, torch.Tensor] | None = None) -> None:
-    """
-    Make an adapter's trainable parameters fp32, undoing the cast to bf16 by which TRL's trainers prepare a quantised
-    base.
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and not torch.as_tensor(grad_norm).isfinite():
+            raise self.stopped(f"the gradient's norm is {grad_norm}: try a lower learning_rate")
+        return grad_norm
 
-    Args:
-        model ([`~peft.PeftModel`]):
-            The policy.
-        values (`dict[str, torch.Tensor]`, *optional*):
-            The parameters' values by name as they were before they were rounded; those not named keep their own.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = (values or {}).get(name, parameter.data).to(parameter.device, torch.float32)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        steps = self.state.global_step - self._seconds_logged_at
+        if self.model.training and steps > 0:
+            logs |= {f"seconds/{name}": round(seconds / steps, 3) for name, seconds in self._seconds.items()}
+            self._seconds.clear()
+            self._seconds_logged_at = self.state.global_step
+        super().log(logs, start_time)

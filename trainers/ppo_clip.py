@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather
 
-from .policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+from .config import PolicyGradientConfig
+from .policy_gradient import PolicyGradientTrainer
 
 
 # exp(20) is 5e8: beyond it a ratio says no more than that the policies have nothing in common
@@ -102,7 +103,8 @@ class PPOClipTrainer(PolicyGradientTrainer):
     def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         old_logps = inputs.setdefault("old_logps", logps.detach())
         advantages = inputs["advantages"]
-        ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        log_ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
         clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
 
         low = gather((ratio.detach() < 1 - self.epsilon_low) & (advantages < 0))
@@ -112,6 +114,9 @@ class PPOClipTrainer(PolicyGradientTrainer):
         metrics["clip_ratio/low_mean"].append(low.float().mean().item())
         metrics["clip_ratio/high_mean"].append(high.float().mean().item())
         metrics["clip_ratio/region_mean"].append((low | high).float().mean().item())
+        # Of the old policy to the new, an estimate without bias and of low variance (Schulman 2020,
+        # http://joschu.net/blog/kl-approx.html, k3)
+        metrics["approx_kl"].append(gather(ratio.detach() - 1 - log_ratio.detach()).mean().item())
         metrics["ratio/min"].append(ratios.min().item())
         metrics["ratio/max"].append(ratios.max().item())
         return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()

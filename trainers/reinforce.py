@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+from .config import PolicyGradientConfig
+from .policy_gradient import PolicyGradientTrainer
 
 
 @dataclass

@@ -8,12 +8,11 @@ penalties, encoder-decoder models, and vLLM, which is the fast way on a GPU.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+
+from .adapters import adapter_in_base_dtype, base_model
 
 
 # How many of the most likely tokens are looked at before a row's whole vocabulary is sorted: on a CPU a sort of
@@ -22,20 +21,6 @@ NUM_CANDIDATES = 1024
 
 # Settings by which a model changes its logits after the LM head, under the names that the architectures give them
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-
-
-def base_model(policy: nn.Module) -> PreTrainedModel:
-    """
-    The causal language model of a policy, without the adapter around it.
-
-    Args:
-        policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]
-    """
-    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
 def has_plain_lm_head(model: PreTrainedModel) -> bool:
@@ -51,33 +36,6 @@ def has_plain_lm_head(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     return all(getattr(config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
-
-
-@contextmanager
-def adapter_in_base_dtype(model: nn.Module):
-    """
-    Compute with a copy of the fp32 adapter in the dtype of its half-precision base.
-
-    Around an fp32 adapter PEFT casts the activations to fp32, which costs a factor of 2 to 3 on a CPU. The masters come
-    back untouched. Changes nothing where base and adapter agree.
-
-    Args:
-        model (`nn.Module`):
-            The policy.
-    """
-    dtype = model.get_input_embeddings().weight.dtype
-    masters = {
-        parameter: parameter.data
-        for name, parameter in model.named_parameters()
-        if "lora_" in name and parameter.is_floating_point() and parameter.dtype != dtype
-    }
-    try:
-        for parameter, data in masters.items():
-            parameter.data = data.to(dtype)
-        yield
-    finally:
-        for parameter, data in masters.items():
-            parameter.data = data
 
 
 def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""Runs that are killed, fill the disk, or meet a broken reward: what they leave and how they go on."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
+
+
+# Children of a process that has imported everything already: a start costs a second instead of ten
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["trainers", "trl.trainer.rloo_trainer", "peft"])
+
+STAGES = {
+    "reinforce": (ReinforceTrainer, ReinforceConfig, {"max_steps": 6}),
+    "ppo_clip": (PPOClipTrainer, PPOClipConfig, {"max_steps": 8, "num_iterations": 2, "epsilon": 0.01}),
+}
+PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b", "c = ", "def g():\n", "x", "y = [1, 2]\n"]
+
+
+def share_of_low_tokens(completion_ids, **kwargs):
+    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def build(stage, model, output_dir, reward=share_of_low_tokens, trainer_class=None, **settings):
+    """A run of several epochs, with two rollouts in each."""
+    default_class, config_class, lengths = STAGES[stage]
+    config = config_class(
+        str(output_dir),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        save_steps=1,
+        save_total_limit=1,
+        **{
+            "max_completion_length": 6,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": 5,
+            **lengths,
+            **settings,
+        },
+    )
+    return (trainer_class or default_class)(
+        model,
+        reward,
+        config,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+
+
+def train(stage, folder, output_dir, kill_in=None, kill_at_step=None, file_bytes=None):
+    """A run, in a process of its own: continues from the last checkpoint, and may kill itself on the way."""
+    torch.set_num_threads(1)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    default_class = STAGES[stage][0]
+
+    def reward(trainer_state, **kwargs):
+        if kill_in == "rollout" and trainer_state.global_step == kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share_of_low_tokens(**kwargs)
+
+    class Trainer(default_class):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            if kill_in == "checkpoint" and self.state.global_step == kill_at_step:
+                os.kill(os.getpid(), signal.SIGKILL)  # the adapter is written, the optimizer is not
+            super()._save_optimizer_and_scheduler(output_dir)
+
+        def policy_loss(self, logps, inputs):
+            if kill_in == "loss" and self.state.global_step == kill_at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().policy_loss(logps, inputs)
+
+    trainer = build(stage, str(folder), output_dir, reward, Trainer)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except RuntimeError as error:
+        Path(output_dir, "error").write_text(str(error) + "\n")
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    trainer.save_model()
+
+
+def exit_code(*args):
+    process = context.Process(target=train, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize(
+    "stage, kills",
+    [
+        ("reinforce", [("rollout", 1), ("checkpoint", 3), ("loss", 4)]),
+        ("ppo_clip", [("loss", 1), ("checkpoint", 3), ("rollout", 6)]),
+    ],
+)
+def test_a_killed_run_ends_with_the_adapter_of_an_unbroken_one(tmp_path, tiny_folder, stage, kills):
+    assert exit_code(stage, tiny_folder, tmp_path / "unbroken") == 0
+    broken = tmp_path / "broken"
+    for kill_in, step in kills:
+        assert exit_code(stage, tiny_folder, broken, kill_in, step) == -signal.SIGKILL
+        complete = step - 1 if kill_in == "checkpoint" else step
+        assert last_checkpoint(broken) == str(broken / f"checkpoint-{complete}")
+    assert exit_code(stage, tiny_folder, broken) == 0
+    unbroken_adapter, adapter = (
+        (folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path / "unbroken", broken)
+    )
+    assert adapter == unbroken_adapter
+
+
+def test_a_seed_gives_one_adapter_and_another_seed_another(tmp_path, tiny_folder):
+    def adapter(name, seed):
+        torch.manual_seed(0)
+        trainer = build("reinforce", str(tiny_folder), tmp_path / name, max_steps=2, save_strategy="no", seed=seed)
+        trainer.train()
+        trainer.save_model()
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    assert adapter("a", 1) == adapter("b", 1) != adapter("c", 2)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny_folder):
+    folder = tmp_path / "run"
+    assert exit_code("reinforce", tiny_folder, folder, "loss", 2) == -signal.SIGKILL
+    kept = {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
+    largest = (folder / "checkpoint-2" / "optimizer.pt").stat().st_size
+    assert exit_code("reinforce", tiny_folder, folder, None, None, largest - 1) == 1
+    error = (folder / "error").read_text()
+    assert "training stopped after 3 steps: the checkpoint" in error and "could not be written" in error
+    assert f"The last complete checkpoint is {folder / 'checkpoint-2'}" in error
+    assert not (folder / "checkpoint-3").exists()
+    assert {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()} == kept
+
+
+def test_a_dead_reward_function_says_where_to_continue(tmp_path, tiny_folder):
+    def reward(trainer_state, completions, **kwargs):
+        if trainer_state.global_step == 2:
+            raise ConnectionError("no grader answers")
+        return [float(len(completion)) for completion in completions]
+
+    trainer = build("reinforce", str(tiny_folder), tmp_path, reward)
+    with pytest.raises(RuntimeError) as error:
+        trainer.train()
+    assert str(error.value) == (
+        "training stopped after 2 steps: the reward function 'reward' failed: ConnectionError: no grader answers. "
+        f"The last complete checkpoint is {tmp_path / 'checkpoint-2'}"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, tiny_folder):
+    def reward(trainer_state, completions, **kwargs):
+        return [float("inf") if trainer_state.global_step == 1 else 1.0 for _ in completions]
+
+    trainer = build("reinforce", str(tiny_folder), tmp_path, reward)
+    with pytest.raises(RuntimeError, match=r"stopped after 1 steps: the loss is -?inf.*checkpoint-1$"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
