@@ -1,0 +1,241 @@
+"""What people expect of a TRL trainer: reward functions of all kinds, evaluation, logs, warnings, model cards."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rewards import UnitTestReward
+from sandbox import Sandbox
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, generate_completions
+from trainers.adapters import base_comes_back
+from transformers import TrainerCallback
+
+
+PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
+
+
+def build(trainer_class, model, output_dir, reward_funcs, prompts=PROMPTS, trainer_args=None, **settings):
+    common = {
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 6,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return trainer_class(
+        model,
+        reward_funcs,
+        trainer_class.config_class(str(output_dir), **(common | settings)),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        **(trainer_args or {}),
+    )
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "trainer_class, settings",
+    [
+        (ReinforceTrainer, {}),
+        (ReinforceTrainer, {"beta": 0.1}),
+        (PPOClipTrainer, {}),
+        (PPOClipTrainer, {"steps_per_generation": 4, "per_device_train_batch_size": 1}),
+    ],
+)
+def test_rewards_are_computed_beside_the_log_probabilities(tmp_path, tiny_model, is_async, trainer_class, settings):
+    """A reward that ends only once log-probabilities of its rollout have been computed."""
+    scored = threading.Event()
+
+    def reward(completions, **kwargs):
+        assert scored.wait(timeout=20), "the trainer waits for the rewards before it computes log-probabilities"
+        return [1.0, 0.0, 0.0, 0.0]
+
+    async def async_reward(completions, **kwargs):
+        return await asyncio.to_thread(reward, completions)
+
+    class Trainer(trainer_class):
+        def _roll_out(self, tasks):
+            scored.clear()
+            return super()._roll_out(tasks)
+
+        def _completion_logps(self, model, batch):
+            try:
+                return super()._completion_logps(model, batch)
+            finally:
+                scored.set()
+
+    build(Trainer, tiny_model, tmp_path, async_reward if is_async else reward, max_steps=2, **settings).train()
+
+
+def test_several_rewards_with_weights_some_async_some_silent(tmp_path, tiny_model):
+    def per_prompt(prompts, **kwargs):
+        return [float(len(prompt)) for prompt in prompts]
+
+    async def second(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [2.0] * len(completions)
+
+    def silent_on_b(prompts, **kwargs):
+        return [None if prompt == "b" else 1.0 for prompt in prompts]
+
+    trainer = build(
+        ReinforceTrainer, tiny_model, tmp_path, [per_prompt, second, silent_on_b], reward_weights=[0.5, 10.0, 100.0]
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    lengths = sum(map(len, PROMPTS)) / 4
+    assert log["rewards/per_prompt/mean"] == lengths
+    assert log["rewards/second/mean"] == 2.0
+    assert log["rewards/silent_on_b/mean"] == 1.0
+    assert log["reward"] == 0.5 * lengths + 10.0 * 2.0 + 100.0 * 3 / 4
+
+
+def test_conversational_prompts(tmp_path, tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    seen = []
+
+    def reward(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    build(
+        ReinforceTrainer,
+        tiny_model,
+        tmp_path,
+        reward,
+        chats,
+        {"processing_class": tiny_tokenizer},
+        shuffle_dataset=False,
+    ).train()
+    assert [prompt for prompt, _ in seen] == chats
+    assert all(len(reply) == 1 and reply[0]["role"] == "assistant" for _, reply in seen)
+
+
+def test_evaluation_is_greedy_and_counts_every_task_once(tmp_path, tiny_model, tiny_tokenizer):
+    """Three tasks in batches of two: the batches' means are not the mean over the tasks."""
+    tasks = {
+        "prompt": ["def one():\n    return 1\n#", "def one():\n    return 2\n#", "def one():\n    return 3\n#"],
+        "test": ["def check(candidate):\n    assert candidate() == 1\n"] * 3,
+        "entry_point": ["one"] * 3,
+    }
+    greedy = generate_completions(
+        tiny_model, tiny_tokenizer(tasks["prompt"])["input_ids"], [tiny_tokenizer.eos_token_id], 3, temperature=0.0
+    )
+    texts = tiny_tokenizer.batch_decode(greedy, skip_special_tokens=True)
+    seen = {}
+
+    with Sandbox(timeout=2.0, workers=1) as sandbox:
+        unit_tests = UnitTestReward(length_penalty=0.0, sandbox=sandbox)
+
+        def reward(prompts, completions, **kwargs):
+            seen.update(zip(prompts, completions, strict=True))
+            return unit_tests(prompts=prompts, completions=completions, **kwargs)
+
+        trainer = build(
+            ReinforceTrainer,
+            tiny_model,
+            tmp_path,
+            reward,
+            trainer_args={"eval_dataset": Dataset.from_dict(tasks)},
+            per_device_eval_batch_size=2,
+            max_completion_length=3,
+        )
+        metrics = trainer.evaluate()
+        expected = sum(unit_tests(tasks["prompt"], texts, tasks["test"], tasks["entry_point"]), start=0.0) / 3
+    assert seen == dict(zip(tasks["prompt"], texts, strict=True))
+    assert metrics["eval_pass_rate"] == pytest.approx(expected) == pytest.approx(1 / 3)
+
+
+def test_metrics_of_a_step(tmp_path, tiny_model, capsys):
+    task = {"test": "def check(candidate):\n    assert candidate() == 1\n", "entry_point": "f"}
+    logs = []
+
+    class Collect(TrainerCallback):  # what any `report_to` receives
+        def on_log(self, args, state, control, **kwargs):
+            logs.append(kwargs["logs"])
+
+    with Sandbox(timeout=2.0, workers=1) as sandbox:
+        unit_tests = UnitTestReward(sandbox=sandbox)
+
+        def reward(prompts, **kwargs):
+            columns = {name: [value] * len(prompts) for name, value in task.items()}
+            return unit_tests(prompts=prompts, **columns, **kwargs)
+
+        build(
+            PPOClipTrainer, tiny_model, tmp_path, reward, trainer_args={"callbacks": [Collect()]}, log_completions=True
+        ).train()
+    assert set(logs[0]) >= {
+        *("loss", "reward", "pass_rate", "timeout_rate", "grad_norm", "entropy", "approx_kl", "frac_reward_zero_std"),
+        *("completions/mean_length", "completions/clipped_ratio", "completion_tokens", "ratio/min", "ratio/max"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "rewards/reward/mean"),
+        *(f"seconds/{phase}" for phase in ("rollout", "grading", "grading_wait", "log_probs", "backward")),
+    }
+    assert logs[0]["seconds/rollout"] > 0 and logs[0]["seconds/backward"] > 0
+    printed = capsys.readouterr().out
+    assert "import re" in printed and "verdict" in printed, "log_completions prints a table"
+
+
+def test_approx_kl_is_of_the_old_policy_to_the_new(tmp_path, tiny_model):
+    trainer = build(PPOClipTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
+    old, new = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    trainer.policy_loss(new, {"old_logps": old, "advantages": torch.tensor([1.0, -1.0])})
+    log_ratio = new - old
+    expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    assert trainer._metrics["train"]["approx_kl"] == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    "pass_rate, message", [(0.0, "no completion has passed"), (1.0, "every completion has passed")]
+)
+def test_a_run_without_signal_says_so_once(tmp_path, tiny_model, caplog, pass_rate, message):
+    def reward(completion_ids, log_metric, **kwargs):
+        log_metric("pass_rate", pass_rate)
+        return [pass_rate - len(ids) / 100 for ids in completion_ids]
+
+    build(ReinforceTrainer, tiny_model, tmp_path, reward, max_steps=7).train()
+    warnings = [record.message for record in caplog.records if "carry no signal" in record.message]
+    assert len(warnings) == 1 and message in warnings[0]
+
+
+def test_a_run_with_signal_does_not_warn(tmp_path, tiny_model, caplog):
+    build(ReinforceTrainer, tiny_model, tmp_path, lambda prompts, **kwargs: [1.0, 0.0, 0.0, 1.0], max_steps=7).train()
+    assert "carry no signal" not in caplog.text
+
+
+def test_model_card(tmp_path, tiny_model):
+    trainer = build(PPOClipTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "PPO-Clip" in card and "1707.06347" in card
+
+
+def test_a_merged_base_comes_back_bit_for_bit(tiny_model):
+    """TRL merges and unmerges the adapter to hand the weights to vLLM, which in bf16 is not the identity."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_model.to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+
+    def base():
+        return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
+
+    before = base()
+    with base_comes_back(model):
+        model.merge_adapter()
+        model.unmerge_adapter()
+        drifted = [name for name, value in base().items() if not torch.equal(value, before[name])]
+    assert drifted, "merging changes the base, or there is nothing to restore"
+    assert all(torch.equal(value, before[name]) for name, value in base().items())
