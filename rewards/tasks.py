@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
-SPLITS = ("train", "validation", "test", "prompt", "all")
+SPLITS = ("train", "fit", "validation", "test", "prompt", "all")
 
 FOUR_SPACES = " " * 4
 
@@ -44,8 +44,9 @@ def load_tasks(source: str, split: str = "train") -> Dataset:
             - The id of a Hub dataset in either format, e.g. `"google-research-datasets/mbpp"`.
         split (`str`, *optional*, defaults to `"train"`):
             `"all"` takes every task. HumanEval problems (wherever they come from, HumanEval+ included) have the
-            published `"train"` (131) and `"test"` (33) splits, MBPP files those of the paper: `"train"`, `"validation"`,
-            `"test"`, `"prompt"`. Any other JSONL file is one split, `"train"`.
+            published `"train"` (131) and `"test"` (33) splits, and `"fit"` (100) and `"validation"` (31) divide the
+            training tasks, to choose hyperparameters on. MBPP files have the paper's `"train"`, `"validation"`,
+            `"test"` and `"prompt"`. Any other JSONL file is one split, `"train"`.
 
     Returns:
         [`~datasets.Dataset`] with the string columns `task_id`, `prompt` (ends where the completion begins),
@@ -87,9 +88,13 @@ def humaneval_test_ids() -> list[str]:
     Returns:
         `list[str]`: The 33 ids left when `range(164)`, shuffled with `random.Random(42)`, gives its first 131 to train.
     """
+    return [f"HumanEval/{number}" for number in sorted(_shuffled_humaneval()[131:])]
+
+
+def _shuffled_humaneval() -> list[int]:
     numbers = list(range(164))
     random.Random(42).shuffle(numbers)
-    return [f"HumanEval/{number}" for number in sorted(numbers[int(0.8 * 164) :])]
+    return numbers
 
 
 def _read_jsonl(path) -> list[tuple[str, dict]]:
@@ -148,11 +153,16 @@ def _split_rule(tasks: list[dict], source: str, split: str):
     if split == "all":
         return lambda task: True
     if all(task_id.startswith("HumanEval/") for task_id in ids):
-        if split not in ("train", "test"):
-            raise ValueError(f"{source} holds HumanEval problems, whose splits are 'train', 'test' and 'all'")
-        test_ids = set(humaneval_test_ids())
-        return lambda task: (task["task_id"] in test_ids) == (split == "test")
+        parts = {"train": slice(131), "fit": slice(100), "validation": slice(100, 131), "test": slice(131, 164)}
+        if split not in parts:
+            raise ValueError(
+                f"{source} holds HumanEval problems, whose splits are 'train', 'fit', 'validation', 'test' and 'all'"
+            )
+        chosen = {f"HumanEval/{number}" for number in _shuffled_humaneval()[parts[split]]}
+        return lambda task: task["task_id"] in chosen
     if all(task_id.startswith("MBPP/") for task_id in ids):
+        if split not in MBPP_SPLITS:
+            raise ValueError(f"{source} is in MBPP's format, whose splits are {', '.join(map(repr, MBPP_SPLITS))}")
         return lambda task: int(task["task_id"].removeprefix("MBPP/")) in MBPP_SPLITS[split]
     if split != "train":
         raise ValueError(

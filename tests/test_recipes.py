@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from trl import ModelConfig, SFTConfig
 
@@ -135,6 +136,12 @@ def test_killed_run_continues_from_its_checkpoint(tmp_path, tiny_folder):
     assert [entry["step"] for entry in state["log_history"]] == list(range(1, 21))
     steps_logged = run.stdout.count("'step_time'")
     assert 20 - reached <= steps_logged < 20, "it went on, and did not start again"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def test_humaneval_has_the_published_split():
     train = load_tasks("humaneval", "train")["task_id"][:]
     assert len(train) == 131 and not set(train) & set(humaneval_test_ids())
     assert len(load_tasks("humaneval", "all")) == 164
+    fit, validation = (set(load_tasks("humaneval", split)["task_id"][:]) for split in ("fit", "validation"))
+    assert (len(fit), len(validation)) == (100, 31) and fit | validation == set(train)
 
 
 def test_jsonl_file_plain_and_compressed(tmp_path):
@@ -108,8 +110,10 @@ def test_sources_and_splits_that_do_not_exist(tmp_path):
         load_tasks(path, "dev")
     with pytest.raises(ValueError, match="is one split, 'train'"):
         load_tasks(path, "test")
-    with pytest.raises(ValueError, match="'train', 'test' and 'all'"):
-        load_tasks("humaneval", "validation")
+    with pytest.raises(ValueError, match="splits are 'train', 'fit', 'validation', 'test' and 'all'"):
+        load_tasks("humaneval", "prompt")
+    with pytest.raises(ValueError, match="MBPP's format, whose splits are"):
+        load_tasks(write(tmp_path / "mbpp.jsonl", MBPP), "fit")
     with pytest.raises(ValueError, match="the split 'test' of .* has no tasks"):
         load_tasks(write(tmp_path / "mbpp.jsonl", MBPP), "test")
     with pytest.raises(ValueError, match="nor a Hub dataset that can be read"):

@@ -3,11 +3,13 @@ What REINFORCE and PPO-Clip share: the rollout step, the advantage, and the way 
 
 TRL's `RLOOTrainer` brings generation with vLLM, reward functions, PEFT, distributed training, logging and checkpoints.
 Replaced here are its rollout step (no forward for old log-probabilities, micro-batches without needless padding, rewards
-computed beside the log-probabilities, and on a CPU the rollout of `rollout.py`), its advantage and its loss. The private names of TRL this rests on, so that an upgrade has one
-list to check: `_generate`, `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`, `_last_loaded_step`,
-`_get_per_token_logps_and_entropies`, `_metrics`, `_logs`, `_log_metric`, `_log_completion_extra`, `_pending_metrics`,
-`_pending_extra_logs`, `_step`, `_buffered_inputs`, `_tokenizer`; of transformers `_get_grad_norm`; and what
-`checkpoints.py` names. Not covered: images.
+computed beside the log-probabilities, and on a CPU the rollout of `rollout.py`), its advantage and its loss. Not covered:
+images.
+
+The private names of TRL this rests on, so that an upgrade has one list to check: `_generate`, `_generate_single_turn`,
+`_calculate_rewards`, `_get_per_token_logps_and_entropies`, `_prepare_inputs`, `_metrics`, `_logs`, `_log_metric`,
+`_log_completion_extra`, `_pending_metrics`, `_pending_extra_logs`, `_last_loaded_step`, `_step`, `_buffered_inputs`,
+`_tokenizer`; of transformers `_get_grad_norm`; and what `checkpoints.py` names.
 """
 
 import logging
@@ -184,7 +186,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         prompts = [task["prompt"] for task in tasks]
         with self._phase("rollout"):
             prompt_ids, completion_ids, completions = self._generate(prompts)
-        columns = {name: [task[name] for task in tasks] for name in tasks[0] if name not in ("prompt", "completion")}
+        taken = ("prompt", "completion", "completion_ids")
+        columns = {name: [task[name] for task in tasks] for name in tasks[0] if name not in taken}
         for function in self.reward_funcs:
             if isinstance(function, BackgroundReward | BackgroundAsyncReward):
                 function.start(
