@@ -33,6 +33,9 @@ class RLArguments(TaskArguments):
             Price of 100 generated tokens, at least 0.
         sandbox_timeout (`float`, *optional*, defaults to `5.0`):
             Seconds a program may take.
+        dataset_test_split (`str`, *optional*, defaults to `"validation"`):
+            The split that is completed greedily during training when `eval_strategy` is set; train on `"fit"` then, to
+            see tasks that are not trained on.
     """
 
     adapter_name_or_path: str | None = field(
@@ -40,6 +43,9 @@ class RLArguments(TaskArguments):
     )
     length_penalty: float = field(default=0.01, metadata={"help": "Price of 100 generated tokens, at least 0."})
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds a program may take."})
+    dataset_test_split: str = field(
+        default="validation", metadata={"help": "The split completed greedily during training, with eval_strategy."}
+    )
 
     def __post_init__(self):
         if self.length_penalty < 0:
@@ -65,6 +71,9 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
     train_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_train_split)
+    eval_dataset = None
+    if args.eval_strategy != "no":
+        eval_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_test_split)
     check_policy(model_args, rl.adapter_name_or_path)
 
     checkpoint = run.start()
@@ -74,6 +83,7 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
             reward_funcs=UnitTestReward(rl.length_penalty, sandbox),
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=load_tokenizer(model_args, padding_side="left"),
             peft_config=None if rl.adapter_name_or_path else get_peft_config(model_args),
         )

@@ -77,11 +77,12 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     assert status != 0 and "holds another run (with max_steps 2 where this one has 3)" in output
 
     rl = {"adapter_name_or_path": str(tmp_path / "sft"), "max_completion_length": 8, "per_device_train_batch_size": 2}
+    rl |= {"eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 2}
     for stage in ("reinforce", "ppo_clip"):
         config = recipe(stage, **train, **rl, max_steps=1, output_dir=str(tmp_path / stage))
         status, output = launch(stage, config)
         assert status == 0, output
-        assert "'pass_rate'" in output
+        assert "'eval_pass_rate': '0'" in output
         assert (tmp_path / stage / "adapter_model.safetensors").is_file()
 
     evaluate = recipe("evaluate", dtype="float32", dataset_test_split="train", max_completion_length=8, seed=1)
