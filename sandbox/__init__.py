@@ -3,7 +3,7 @@
     with Sandbox() as sandbox:
         verdicts = sandbox.run([Program(solution=..., tests=..., entry_point="add")])
 
-This file is the caller's side. It starts one small server as a fresh interpreter (never a fork of the caller, whose
+`RaySandbox` does the same on the hosts of a Ray cluster (on_ray.py). This file is the caller's side. It starts one small server as a fresh interpreter (never a fork of the caller, whose
 memory may be huge), owns one socket for each worker, hands out programs and replaces what dies. In a worker, the
 judge runs the tests (judge.py), the solution runs in a caged process of its own (solution.py, cage.py), and plain
 values cross between them (wire.py). No line of a solution runs in the caller's process.
@@ -29,13 +29,21 @@ from dataclasses import dataclass
 
 from .wire import Channel
 
-__all__ = ["Program", "Sandbox", "Verdict"]
+__all__ = ["Program", "RaySandbox", "Sandbox", "Verdict"]
 
 GRACE_SECONDS = 0.6  # beyond the timeout, before a worker that gave no verdict is killed
 MAX_ATTEMPTS = 3  # for a program whose worker died, and to start the workers
 SILENCE_SECONDS = 10  # within a message, before a worker counts as lost
 
 logger = logging.getLogger(__name__)
+
+
+def __getattr__(name):
+    if name != "RaySandbox":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .on_ray import RaySandbox  # only where it is asked for
+
+    return RaySandbox
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,7 @@ class Sandbox:
     def __init__(self, workers=None, timeout=5.0, memory_mb=1024, isolation="auto"):
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: give at least 1, or None for one a processor core")
-        if not 0 < timeout <= 3600:
-            raise ValueError(f"timeout={timeout}: give seconds above 0 and up to 3600")
-        if memory_mb < 64:
-            raise ValueError(f"memory_mb={memory_mb}: an interpreter needs 64, 1024 is a good choice")
-        if isolation not in ("auto", "strict"):
-            raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
+        _check(timeout, memory_mb, isolation)
         self.workers = workers or _usable_cores()
         self.timeout = timeout
         self.memory_mb = memory_mb
@@ -184,8 +187,7 @@ class Sandbox:
         verdicts = [None] * len(programs)
         attempts = [0] * len(programs)
         waiting = deque(range(len(programs)))
-        if any(program.inline for program in programs):
-            logger.warning("some programs run inline: their solutions share an interpreter with their tests")
+        _tell_of_inline(programs)
 
         def lost(job):
             attempts[job] += 1
@@ -321,6 +323,20 @@ class Sandbox:
         if missing and not self._warned:
             self._warned = True
             warnings.warn(f"the cage of untrusted code is incomplete here: {missing}", RuntimeWarning, stacklevel=5)
+
+
+def _check(timeout, memory_mb, isolation):
+    if not 0 < timeout <= 3600:
+        raise ValueError(f"timeout={timeout}: give seconds above 0 and up to 3600")
+    if memory_mb < 64:
+        raise ValueError(f"memory_mb={memory_mb}: an interpreter needs 64, 1024 is a good choice")
+    if isolation not in ("auto", "strict"):
+        raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
+
+
+def _tell_of_inline(programs):
+    if any(program.inline for program in programs):
+        logger.warning("some programs run inline: their solutions share an interpreter with their tests")
 
 
 def _stop(pid, process, server):

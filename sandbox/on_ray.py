@@ -1,0 +1,355 @@
+"""Grades programs on the hosts of a Ray cluster, with the interface of `Sandbox`.
+
+    with RaySandbox("10.0.0.1:6379") as sandbox:
+        verdicts = sandbox.run(programs)
+
+An actor on each node owns sandboxes of one worker, one for each of its cores, so that a slow program holds up its own
+core alone. This file hands out small chunks of programs, never more than one beyond an actor's workers, and is the only
+one that keeps count: Ray is told to retry nothing. A chunk's verdicts are taken from the one call that it is in; when
+that call fails, its actor is killed and the chunk forgotten, then its programs run again elsewhere. So no verdict is
+lost or comes twice.
+
+Not covered here: the cage, which is the local sandbox's on every node (__init__.py), and starting the cluster.
+"""
+
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+
+from . import GRACE_SECONDS, MAX_ATTEMPTS, Sandbox, Verdict, _check, _tell_of_inline
+
+CONNECT_SECONDS = 30  # for the cluster to answer
+START_SECONDS = 60  # for an actor to start
+PATIENCE_SECONDS = 60  # beyond all timeouts of a chunk, before its actor counts as lost
+CHUNK = 8  # programs at most: more save little of Ray's time and wait longer for each other
+STRIDE = 64  # between neighbours in a chunk: a task's completions stand side by side, and often time out together
+
+logger = logging.getLogger(__name__)
+_connected = weakref.WeakSet()  # the open sandboxes, if it was one of them that connected this process to Ray
+
+
+class _Grader:
+    """What runs in an actor: a sandbox of one worker for each of some cores."""
+
+    def __init__(self, cores, settings):
+        self._usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+        self._cores = cores
+        self._settings = settings
+        self._free = queue.SimpleQueue()
+
+    def start(self):
+        with ThreadPoolExecutor(len(self._cores)) as pool:
+            sandboxes = list(pool.map(self._open, self._cores))
+        for core, sandbox in zip(self._cores, sandboxes, strict=True):
+            self._free.put((core, sandbox))
+        return sandboxes[0].isolation()
+
+    def grade(self, programs):
+        core, sandbox = self._free.get()  # as many threads call this as there are sandboxes
+        try:
+            self._pin(core)
+            return sandbox.run(programs)
+        finally:
+            self._free.put((core, sandbox))
+
+    def _open(self, core):
+        self._pin(core)
+        return Sandbox(1, **self._settings)
+
+    def _pin(self, core):
+        """Keeps this thread, and a server that it starts, on one core: all sandboxes of one worker would share one."""
+        if self._usable:
+            os.sched_setaffinity(0, {self._usable[core % len(self._usable)]})
+
+
+class _Actor:
+    """The caller's end of one actor."""
+
+    def __init__(self, place, host, handle, workers):
+        self.place = place  # the node's id, and the actor's number there
+        self.host = host
+        self.handle = handle
+        self.workers = workers
+        self.isolation = None  # until it has started
+        self.calls = {}  # the reference of each call in flight: its programs' indices and its deadline
+        self.alone = False  # whether what is in flight must stay alone
+
+
+class RaySandbox:
+    """A `Sandbox` on the nodes of a Ray cluster. Use it as a context manager, or call `close`.
+
+    Nodes grade with as many programs at once as Ray counts CPUs on them: `ray start --num-cpus=0` keeps a node out. The
+    actors reserve nothing, so that the processes of a distributed training may each have a `RaySandbox`. Every node
+    needs this package and the same versions of Python and Ray. Nodes that join are used from the next `run` on, nodes
+    that are lost are done without. Threads may share one; their batches take turns.
+
+    Args:
+        address (`str`, *optional*): `"host:port"` of the cluster, or `"auto"` for the one that this host belongs to.
+            Defaults to the environment's `RAY_ADDRESS`, else Ray is started on this host alone. Not looked at when this
+            process is connected to Ray already.
+        actors (`int`, *optional*): Actors on each node, which share its cores. Defaults to one.
+        timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use, at least 64.
+        isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that each node's kernel offers and
+            warns about what is missing; `"strict"` leaves out nodes where anything is missing.
+
+    Raises:
+        `ValueError`: If an argument is out of range.
+        `ImportError`: If Ray is not installed.
+        `ConnectionError`: If no cluster answers at the address within half a minute.
+        `RuntimeError`: If no node can grade.
+    """
+
+    def __init__(self, address=None, actors=None, timeout=5.0, memory_mb=1024, isolation="auto"):
+        _check(timeout, memory_mb, isolation)
+        if actors is not None and actors < 1:
+            raise ValueError(f"actors={actors}: give at least 1, or None for one on each node")
+        if address is not None and "://" in address:
+            raise ValueError(f'address="{address}": write host:port, and let this host join: ray start --address=...')
+        _ray()
+        self.address = address
+        self.actors = actors or 1
+        self._settings = {"timeout": timeout, "memory_mb": memory_mb, "isolation": isolation}
+        self._call_seconds = PATIENCE_SECONDS + 2 * CHUNK * MAX_ATTEMPTS * (timeout + GRACE_SECONDS)
+        self._lock = threading.Lock()
+        self._actors = []
+        self._failures = Counter()  # starts that failed in a row, by node
+        self._reason = "none offers CPUs"
+        self._warned = set()
+        with self._lock:
+            self._start()
+
+    def run(self, programs):
+        """Grades programs.
+
+        Args:
+            programs (`Iterable[Program]`): Any number of programs.
+
+        Returns:
+            `list[Verdict]`: One for each program, in order.
+
+        Raises:
+            `RuntimeError`: If no node is left that can grade.
+        """
+        programs = list(programs)
+        with self._lock:
+            try:
+                return self._run(programs)
+            except BaseException:
+                self._stop()  # what is still in flight is nobody's
+                raise
+
+    def isolation(self):
+        """Returns what the cage consists of on all nodes.
+
+        Returns:
+            `dict[str, str]`: `"active"` or `"missing: "`, the reason and a host, for each of the cage's features.
+        """
+        with self._lock:
+            self._start()
+            merged = {}
+            for actor in self._actors:
+                for name, state in (actor.isolation or {}).items():
+                    if merged.setdefault(name, "active") == "active" and state != "active":
+                        merged[name] = f"{state} (on {actor.host})"
+            return merged
+
+    def close(self):
+        """Ends the actors, and the connection to Ray if this object made it. The next `run` starts them again."""
+        with self._lock:
+            self._stop()
+            if self in _connected:
+                _connected.discard(self)
+                if not _connected:
+                    _ray().shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _run(self, programs):
+        verdicts = [None] * len(programs)
+        attempts = [0] * len(programs)
+        waiting = deque(job for first in range(STRIDE) for job in range(first, len(programs), STRIDE))
+        left = len(programs)
+        _tell_of_inline(programs)
+        if programs:
+            self._start()
+        while left:
+            for actor in self._actors:
+                self._assign(actor, programs, waiting, attempts)
+            for jobs, answer in self._wait():
+                if answer is None:
+                    for job in jobs:
+                        attempts[job] += 1
+                    ended = [job for job in jobs if attempts[job] == MAX_ATTEMPTS]
+                    waiting.extendleft(job for job in jobs if attempts[job] < MAX_ATTEMPTS)
+                    jobs = ended
+                    answer = [Verdict("crashed", f"its actor or node died {MAX_ATTEMPTS} times", 0.0)] * len(ended)
+                for job, verdict in zip(jobs, answer, strict=True):
+                    verdicts[job] = verdict
+                left -= len(jobs)
+        return verdicts
+
+    def _assign(self, actor, programs, waiting, attempts):
+        """Gives an actor as many chunks as it may have."""
+        if actor.isolation is None:
+            return
+        workers = sum(each.workers for each in self._actors)
+        while waiting and len(actor.calls) <= actor.workers and not actor.alone:
+            jobs = [waiting.popleft()]
+            lost = attempts[jobs[0]]
+            if lost == MAX_ATTEMPTS - 1:  # what dies with it this time must be its own fault
+                if actor.calls:
+                    waiting.appendleft(jobs[0])
+                    return
+                actor.alone = True
+            elif lost == 0:  # chunks get smaller towards the end, so that the last ones end together
+                size = min(CHUNK, 1 + len(waiting) // (2 * workers))
+                while len(jobs) < size and attempts[waiting[0]] == 0:
+                    jobs.append(waiting.popleft())
+            call = actor.handle.grade.remote([programs[job] for job in jobs])
+            actor.calls[call] = jobs, time.monotonic() + self._call_seconds
+
+    def _wait(self):
+        """Waits for an answer of any actor.
+
+        Returns:
+            `list[tuple[list[int], list[Verdict] or None]]`: The programs of each call that has ended, and their
+            verdicts, or `None` if the call's actor was lost.
+        """
+        ray = _ray()
+        callers = {call: actor for actor in self._actors for call in actor.calls}
+        if not callers:
+            raise RuntimeError(f"no node of the Ray cluster is left that can grade: {self._reason}")
+        deadline = min(actor.calls[call][1] for call, actor in callers.items())
+        ended, _ = ray.wait(list(callers), timeout=max(0, deadline - time.monotonic()))
+        if not ended:
+            (call,) = [call for call, actor in callers.items() if actor.calls[call][1] == deadline][:1]
+            return self._lose(callers[call], "it does not answer")
+        actor = callers[ended[0]]
+        try:
+            answer = ray.get(ended[0])
+        except ray.exceptions.RayError as error:
+            return self._lose(actor, str(getattr(error, "cause", None) or error))
+        jobs, _ = actor.calls.pop(ended[0])
+        actor.alone = False
+        if actor.isolation is None:
+            self._greet(actor, answer)
+            return []
+        return [(jobs, answer)]
+
+    def _start(self):
+        """Connects to the cluster and starts actors where there are none, until one of them at least can grade."""
+        self._connect()
+        self._hire()
+        while not any(actor.isolation for actor in self._actors):
+            self._wait()
+
+    def _connect(self):
+        ray = _ray()
+        if ray.is_initialized():
+            if _connected:
+                _connected.add(self)
+            return
+        self._actors = []
+        target = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        options = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if target == "local":
+            options["include_dashboard"] = False
+        else:
+            _probe(target)
+        ray.init(target, **options)
+        _connected.add(self)
+
+    def _hire(self):
+        """Starts an actor in every place on a live node that has none, and forgets those of nodes that are gone."""
+        ray = _ray()
+        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        self._actors = [actor for actor in self._actors if actor.place[0] in nodes or actor.calls]
+        taken = {actor.place for actor in self._actors}
+        for name, node in nodes.items():
+            cores = range(int(node["Resources"].get("CPU", 0)))
+            for number in range(min(self.actors, len(cores))):
+                if (name, number) not in taken and self._failures[name] < MAX_ATTEMPTS:
+                    self._actors.append(self._employ((name, number), node["NodeManagerAddress"], cores[number :: self.actors]))
+
+    def _employ(self, place, host, cores):
+        ray = _ray()
+        where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(place[0], soft=False)
+        grader = ray.remote(_Grader).options(
+            num_cpus=0, max_concurrency=len(cores), max_restarts=0, max_task_retries=0, scheduling_strategy=where
+        )
+        actor = _Actor(place, host, grader.remote(list(cores), self._settings), len(cores))
+        actor.calls[actor.handle.start.remote()] = [], time.monotonic() + START_SECONDS
+        return actor
+
+    def _greet(self, actor, isolation):
+        actor.isolation = isolation
+        self._failures[actor.place[0]] = 0
+        missing = "; ".join(f"{name} ({text})" for name, text in isolation.items() if text != "active")
+        if missing and actor.host not in self._warned:
+            self._warned.add(actor.host)
+            text = f"the cage of untrusted code is incomplete on {actor.host}: {missing}"
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+    def _lose(self, actor, reason):
+        """Ends an actor, starts another in its place if the node lives; returns what was in flight, without verdicts."""
+        self._reason = f"{actor.host}: {reason.strip().splitlines()[-1].strip()}"
+        logger.warning("an actor that graded programs was lost on %s", self._reason)
+        if actor.isolation is None:
+            self._failures[actor.place[0]] += 1
+        self._actors.remove(actor)
+        _ray().kill(actor.handle)
+        self._hire()
+        return [(jobs, None) for jobs, _ in actor.calls.values()]
+
+    def _stop(self):
+        ray = _ray()
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor.handle)
+        self._actors = []
+
+
+def _ray():
+    """Returns the module; nothing else of this package needs Ray."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise ImportError("RaySandbox needs Ray: pip install 'rl-code-agent[ray]'") from error
+    return ray
+
+
+def _probe(address):
+    """Connects to a cluster in another process first: this one could not stop waiting, for many minutes."""
+    script = "import logging, ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", script, address],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=CONNECT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {CONNECT_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
+    else:
+        return
+    text = f"no Ray cluster at {address}: {reason}. Start one with `ray start --head`, and let this host join it"
+    raise ConnectionError(text) from None
