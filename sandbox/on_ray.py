@@ -29,7 +29,7 @@ from . import GRACE_SECONDS, MAX_ATTEMPTS, Sandbox, Verdict, _check, _tell_of_in
 CONNECT_SECONDS = 30  # for the cluster to answer
 START_SECONDS = 60  # for an actor to start
 PATIENCE_SECONDS = 60  # beyond all timeouts of a chunk, before its actor counts as lost
-CHUNK = 8  # programs at most: more save little of Ray's time and wait longer for each other
+CHUNK = 16  # programs at most: more save little of Ray's time, and wait longer for each other
 STRIDE = 64  # between neighbours in a chunk: a task's completions stand side by side, and often time out together
 
 logger = logging.getLogger(__name__)
