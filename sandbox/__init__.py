@@ -3,7 +3,9 @@
     with Sandbox() as sandbox:
         verdicts = sandbox.run([Program(solution=..., tests=..., entry_point="add")])
 
-`RaySandbox` does the same on the hosts of a Ray cluster (on_ray.py). This file is the caller's side. It starts one small server as a fresh interpreter (never a fork of the caller, whose
+`RaySandbox` does the same on the hosts of a Ray cluster (on_ray.py).
+
+This file is the caller's side. It starts one small server as a fresh interpreter (never a fork of the caller, whose
 memory may be huge), owns one socket for each worker, hands out programs and replaces what dies. In a worker, the
 judge runs the tests (judge.py), the solution runs in a caged process of its own (solution.py, cage.py), and plain
 values cross between them (wire.py). No line of a solution runs in the caller's process.

@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from . import GRACE_SECONDS, MAX_ATTEMPTS, Sandbox, Verdict, _check, _tell_of_inline
 
 CONNECT_SECONDS = 30  # for the cluster to answer
-START_SECONDS = 60  # for an actor to start
-PATIENCE_SECONDS = 60  # beyond all timeouts of a chunk, before its actor counts as lost
+START_SECONDS = 30  # for an actor to start
+PATIENCE_SECONDS = 60  # beyond all timeouts of two chunks, one of which waits, before their actor counts as lost
 CHUNK = 16  # programs at most: more save little of Ray's time, and wait longer for each other
 STRIDE = 64  # between neighbours in a chunk: a task's completions stand side by side, and often time out together
 
@@ -118,14 +118,17 @@ class RaySandbox:
         self.address = address
         self.actors = actors or 1
         self._settings = {"timeout": timeout, "memory_mb": memory_mb, "isolation": isolation}
-        self._call_seconds = PATIENCE_SECONDS + 2 * CHUNK * MAX_ATTEMPTS * (timeout + GRACE_SECONDS)
+        self._call_seconds = PATIENCE_SECONDS + 2 * CHUNK * (timeout + GRACE_SECONDS)
         self._lock = threading.Lock()
         self._actors = []
         self._failures = Counter()  # starts that failed in a row, by node
         self._reason = "none offers CPUs"
         self._warned = set()
-        with self._lock:
-            self._start()
+        try:
+            self._start(everywhere=True)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, programs):
         """Grades programs.
@@ -154,10 +157,10 @@ class RaySandbox:
             `dict[str, str]`: `"active"` or `"missing: "`, the reason and a host, for each of the cage's features.
         """
         with self._lock:
-            self._start()
+            self._start(everywhere=True)
             merged = {}
             for actor in self._actors:
-                for name, state in (actor.isolation or {}).items():
+                for name, state in actor.isolation.items():
                     if merged.setdefault(name, "active") == "active" and state != "active":
                         merged[name] = f"{state} (on {actor.host})"
             return merged
@@ -184,7 +187,7 @@ class RaySandbox:
         left = len(programs)
         _tell_of_inline(programs)
         if programs:
-            self._start()
+            self._start(everywhere=False)
         while left:
             for actor in self._actors:
                 self._assign(actor, programs, waiting, attempts)
@@ -232,28 +235,30 @@ class RaySandbox:
         callers = {call: actor for actor in self._actors for call in actor.calls}
         if not callers:
             raise RuntimeError(f"no node of the Ray cluster is left that can grade: {self._reason}")
-        deadline = min(actor.calls[call][1] for call, actor in callers.items())
+        first = min(callers, key=lambda call: callers[call].calls[call][1])
+        deadline = callers[first].calls[first][1]
         ended, _ = ray.wait(list(callers), timeout=max(0, deadline - time.monotonic()))
         if not ended:
-            (call,) = [call for call, actor in callers.items() if actor.calls[call][1] == deadline][:1]
-            return self._lose(callers[call], "it does not answer")
-        actor = callers[ended[0]]
+            return self._lose(callers[first], "it does not answer")
+        (call,) = ended
+        actor = callers[call]
         try:
-            answer = ray.get(ended[0])
+            answer = ray.get(call)
         except ray.exceptions.RayError as error:
             return self._lose(actor, str(getattr(error, "cause", None) or error))
-        jobs, _ = actor.calls.pop(ended[0])
+        jobs, _ = actor.calls.pop(call)
         actor.alone = False
         if actor.isolation is None:
             self._greet(actor, answer)
             return []
         return [(jobs, answer)]
 
-    def _start(self):
-        """Connects to the cluster and starts actors where there are none, until one of them at least can grade."""
+    def _start(self, everywhere):
+        """Connects to the cluster and starts actors where there are none; waits for all of them, or only for one."""
         self._connect()
         self._hire()
-        while not any(actor.isolation for actor in self._actors):
+        enough = all if everywhere else any
+        while not (self._actors and enough(actor.isolation for actor in self._actors)):
             self._wait()
 
     def _connect(self):
@@ -282,7 +287,8 @@ class RaySandbox:
             cores = range(int(node["Resources"].get("CPU", 0)))
             for number in range(min(self.actors, len(cores))):
                 if (name, number) not in taken and self._failures[name] < MAX_ATTEMPTS:
-                    self._actors.append(self._employ((name, number), node["NodeManagerAddress"], cores[number :: self.actors]))
+                    share = cores[number :: self.actors]
+                    self._actors.append(self._employ((name, number), node["NodeManagerAddress"], share))
 
     def _employ(self, place, host, cores):
         ray = _ray()
@@ -304,7 +310,7 @@ class RaySandbox:
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     def _lose(self, actor, reason):
-        """Ends an actor, starts another in its place if the node lives; returns what was in flight, without verdicts."""
+        """Ends an actor and starts another if its node lives; returns what was in flight, without verdicts."""
         self._reason = f"{actor.host}: {reason.strip().splitlines()[-1].strip()}"
         logger.warning("an actor that graded programs was lost on %s", self._reason)
         if actor.isolation is None:
