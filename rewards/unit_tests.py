@@ -34,8 +34,8 @@ class UnitTestReward:
     Args:
         length_penalty (`float`, *optional*, defaults to `0.01`):
             Price of 100 generated tokens, at least 0. With 0 no token counts are needed.
-        sandbox ([`~sandbox.Sandbox`], *optional*):
-            Where the programs run. If `None`, one with the defaults is started at the first call.
+        sandbox ([`~sandbox.Sandbox`] or [`~sandbox.RaySandbox`], *optional*):
+            Where the programs run. If `None`, a `Sandbox` with the defaults is started at the first call.
 
     Raises:
         ValueError: `length_penalty` is negative.
