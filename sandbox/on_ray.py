@@ -89,7 +89,8 @@ class RaySandbox:
     Nodes grade with as many programs at once as Ray counts CPUs on them: `ray start --num-cpus=0` keeps a node out. The
     actors reserve nothing, so that the processes of a distributed training may each have a `RaySandbox`. Every node
     needs this package and the same versions of Python and Ray. Nodes that join are used from the next `run` on, nodes
-    that are lost are done without. Threads may share one; their batches take turns. A fork of the caller may not use it.
+    that are lost are done without. Threads may share one; their batches take turns. A fork of the caller may not use
+    it.
 
     Args:
         address (`str`, *optional*): `"host:port"` of the cluster, or `"auto"` for the one that this host belongs to.
