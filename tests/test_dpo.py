@@ -1,7 +1,6 @@
 """DPO on the tiny model: the reference is the SFT policy, the tokens are the policy's, and bad pairs are refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from trl import DPOConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from common import parse_settings  # noqa: E402
-from dpo import PairArguments, PairTrainer, load_pairs, pair_dataset  # noqa: E402
-from trl import ModelConfig  # noqa: E402
+import dpo  # noqa: E402
+from dpo import PairTrainer, pair_dataset  # noqa: E402
 
 
 TASKS = Dataset.from_list(
@@ -131,35 +129,97 @@ def test_reference_is_the_sft_policy_and_tokens_are_the_policys(tmp_path, tiny_f
 
 @pytest.fixture
 def recipe(tmp_path, tiny_folder, tiny_tokenizer, sft_adapter):
-    """A recipe of the stage on the tiny model, and its command."""
+    """A recipe of the stage on the tiny model: six steps."""
     tasks, pairs = tmp_path / "tasks.jsonl", tmp_path / "pairs.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(tiny_tokenizer) * 4))
     config = tmp_path / "dpo.yaml"
     fields = {"model_name_or_path": str(tiny_folder), "adapter_name_or_path": str(sft_adapter), "dtype": "float32"}
-    fields |= {"dataset_name": str(tasks), "preferences": str(pairs), "output_dir": str(tmp_path / "run")}
-    fields |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "beta": 0.05, "num_train_epochs": 1}
-    fields |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_steps": 1, "seed": 1}
-    config.write_text(yaml.safe_dump({**fields, "logging_steps": 1}))
+    fields |= {"dataset_name": str(tasks), "preferences": str(pairs), "per_device_train_batch_size": 2, "beta": 0.05}
+    fields |= {"learning_rate": 1e-3, "num_train_epochs": 1, "save_steps": 1, "logging_steps": 1, "seed": 1}
+    fields |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    config.write_text(yaml.safe_dump(fields))
     return config
 
 
-def launch(config, *arguments):
-    command = [sys.executable, "recipes/dpo.py", "--config", str(config), *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return run.returncode, run.stdout + run.stderr
+def run_stage(monkeypatch, config, output_dir):
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--config", str(config), "--output_dir", str(output_dir)])
+    dpo.main()
 
 
-def test_stage_stops_continues_and_saves_one_adapter(tmp_path, recipe, sft_adapter):
-    run = tmp_path / "run"
-    status, output = launch(recipe, "--logging_dir", "-1")
-    assert status != 0 and "unknown field" in output
-    status, output = launch(recipe)
-    assert status == 0, output
-    assert "'rewards/margins'" in output
-    assert not (run / "ref").exists(), "the reference is not saved beside the trained adapter"
-    trained, start = load_file(run / "adapter_model.safetensors"), load_file(sft_adapter / "adapter_model.safetensors")
-    assert trained.keys() == start.keys() and all(tensor.dtype == torch.float32 for tensor in trained.values())
-    assert all(not torch.equal(trained[name], start[name]) for name in start)
-    status, output = launch(recipe)
-    assert status == 0 and "this run has finished" in output
+def test_stage_continues_after_a_crash_and_saves_one_adapter(tmp_path, recipe, sft_adapter, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_stage(monkeypatch, recipe, whole)
+    assert not (whole / "ref").exists(), "the reference is not saved beside the trained adapter"
+    trained, start = (load_file(folder / "adapter_model.safetensors") for folder in (whole, sft_adapter))
+    assert trained.keys() == start.keys() and {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not any(torch.equal(trained[name], start[name]) for name in start)
+
+    training_step = PairTrainer.training_step
+
+    def power_cut(trainer, *args):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PairTrainer, "training_step", power_cut)
+        run_stage(patch, recipe, broken)
+    assert (broken / "checkpoint-3").is_dir() and not (broken / "adapter_model.safetensors").exists()
+    run_stage(monkeypatch, recipe, broken)
+    continued = load_file(broken / "adapter_model.safetensors")
+    assert all(torch.equal(continued[name], trained[name]) for name in trained), "as if nothing had happened"
+    logs = [json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"] for run in (whole, broken)]
+    for entries in logs:
+        assert [entry["step"] for entry in entries] == list(range(1, 7))
+    # The reference is still the SFT policy: rewards are measured from there
+    assert [entry["rewards/margins"] for entry in logs[0]] == [entry["rewards/margins"] for entry in logs[1]]
+    capsys.readouterr()
+    run_stage(monkeypatch, recipe, broken)
+    assert "this run has finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chosen_ids": None}, r"pairs.jsonl:2: column 'chosen_ids' is missing or no list: write the file with"),
+        ({"rejected": 3}, r"pairs.jsonl:2: column 'rejected' is missing or no str"),
+        ({"prompt": "def add(x):\n"}, r"pairs.jsonl:2: the prompt is not that of the task 'add/1', byte for byte"),
+        ({"task_id": "HumanEval/1"}, r"pairs.jsonl:2: 'HumanEval/1' is none of the tasks of dataset_name"),
+        ({"chosen_ids": [5, 6]}, r"pair 2: chosen_ids are not the tokens of 'chosen' for this model's tokenizer"),
+        ({"rejected": "x" * 999, "rejected_ids": "x"}, r"pair 2 has 1024 tokens and max_length is 1000: raise"),
+    ],
+)
+def test_bad_pairs_are_refused(tmp_path, recipe, tiny_tokenizer, monkeypatch, change, message):
+    pairs = make_pairs(tiny_tokenizer)
+    pairs[1] |= change
+    if change.get("rejected_ids"):
+        pairs[1]["rejected_ids"] = tiny_tokenizer(pairs[1]["rejected"])["input_ids"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    refuse(monkeypatch, recipe, tmp_path, message, max_length=1000)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"preferences": "absent"}, "there is no file absent: has the stage 'preferences' finished"),
+        ({"preferences": "tests"}, "there is no file tests/pairs.jsonl: has the stage 'preferences' finished"),
+        ({"preferences": "LICENSE"}, "LICENSE:1: not a line of JSON"),
+        ({"preferences": "/dev/null"}, "there is no file /dev/null"),
+        ({"adapter_name_or_path": None}, "adapter_name_or_path is not set"),
+        ({"adapter_name_or_path": "absent"}, "there is no adapter in 'absent'"),
+        ({"bta": 0.1}, "unknown field 'bta': did you mean 'beta'"),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, recipe, monkeypatch, fields, message):
+    monkeypatch.chdir(ROOT)
+    refuse(monkeypatch, recipe, tmp_path, message, **fields)
+
+
+def refuse(monkeypatch, recipe, tmp_path, message, **fields):
+    """The stage ends with this message before it loads weights or claims its output directory."""
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **fields}))
+    monkeypatch.setattr(dpo, "load_policy", None)
+    with pytest.raises(SystemExit, match=message):
+        run_stage(monkeypatch, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
