@@ -26,7 +26,7 @@ from common import (
     parse_settings,
 )
 from datasets import Dataset
-from trainers import keep_adapter_in_fp32
+from trainers import add_cpu_lm_head, keep_adapter_in_fp32
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 
@@ -162,6 +162,8 @@ def main():
     adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = PairTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
     keep_adapter_in_fp32(trainer.model, adapter)
+    if args.device.type == "cpu" and not args.use_weighting:  # which needs more than this head returns
+        add_cpu_lm_head(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.delete_adapter("ref")  # or it would be saved beside the trained one
     trainer.save_model()
