@@ -169,7 +169,8 @@ def test_stage_continues_after_a_crash_and_saves_one_adapter(tmp_path, recipe, s
     run_stage(monkeypatch, recipe, broken)
     continued = load_file(broken / "adapter_model.safetensors")
     assert all(torch.equal(continued[name], trained[name]) for name in trained), "as if nothing had happened"
-    logs = [json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"] for run in (whole, broken)]
+    states = [run / "checkpoint-6" / "trainer_state.json" for run in (whole, broken)]
+    logs = [json.loads(state.read_text())["log_history"] for state in states]
     for entries in logs:
         assert [entry["step"] for entry in entries] == list(range(1, 7))
     # The reference is still the SFT policy: rewards are measured from there
@@ -199,13 +200,17 @@ def test_bad_pairs_are_refused(tmp_path, recipe, tiny_tokenizer, monkeypatch, ch
     refuse(monkeypatch, recipe, tmp_path, message, max_length=1000)
 
 
+def test_no_pairs_are_refused(tmp_path, recipe, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text("")
+    refuse(monkeypatch, recipe, tmp_path, "pairs.jsonl holds no pairs")
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"preferences": "absent"}, "there is no file absent: has the stage 'preferences' finished"),
         ({"preferences": "tests"}, "there is no file tests/pairs.jsonl: has the stage 'preferences' finished"),
         ({"preferences": "LICENSE"}, "LICENSE:1: not a line of JSON"),
-        ({"preferences": "/dev/null"}, "there is no file /dev/null"),
         ({"adapter_name_or_path": None}, "adapter_name_or_path is not set"),
         ({"adapter_name_or_path": "absent"}, "there is no adapter in 'absent'"),
         ({"bta": 0.1}, "unknown field 'bta': did you mean 'beta'"),

@@ -25,7 +25,8 @@ CHUNK_SIZE = 128
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
     r"""
-    \\( \log p_y \\), entropy, mean logit and top-1 match of `softmax(hidden @ weight.T / temperature)`, for a frozen head.
+    \\( \log p_y \\), entropy, mean logit and top-1 match of `softmax(hidden @ weight.T / temperature)`, for a frozen
+    head.
 
     The gradient of each position's log-probability is one vector,
     \\( \partial \log p_y / \partial h = (w_y - \sum_v p_v w_v) / \tau \\), so it is computed in the forward and only
