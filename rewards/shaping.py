@@ -90,18 +90,19 @@ def split_tests(test: str) -> list[str]:
 
     Args:
         test (`str`):
-            Trusted text that defines `check(candidate)`.
+            Trusted text that defines `check(candidate)`, or asserts at its top level.
 
     Returns:
         `list[str]`: For each statement of `check` that asserts something the text with this one alone, after the
-        statements before it that assert nothing. The text itself where `check` has none.
+        statements before it that assert nothing. The text itself where there is none.
     """
     module = ast.parse(test)
-    (*_, check) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check")
-    body, setup, parts = check.body, [], []
-    for statement in body:
+    checks = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    holder = checks[-1] if checks else module
+    setup, parts = [], []
+    for statement in holder.body:
         if any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
-            check.body = [*setup, statement]
+            holder.body = [*setup, statement]
             parts.append(ast.unparse(module))
         else:
             setup.append(statement)

@@ -162,6 +162,10 @@ def test_split_tests_keep_what_they_need(sandbox):
     assert split_tests(TWICE_TEST)[2] == (
         "def check(candidate):\n    three = 3\n    for n in range(3):\n        assert candidate(n) == 2 * n"
     )
+    assert split_tests("a = 1\nassert candidate(a) == 2\nassert candidate(0) == 0\n") == [
+        "a = 1\nassert candidate(a) == 2",
+        "a = 1\nassert candidate(0) == 0",
+    ]
     no_assert = "def check(candidate):\n    verify(candidate)\n"
     assert split_tests(no_assert) == [no_assert]
     tasks = load_tasks("humaneval", "all")
