@@ -258,8 +258,8 @@ def form_pairs(samples: list[dict], tasks, args: PreferencesArguments) -> tuple[
         for sample in group:
             distinct.setdefault(sample["completion"], sample)
         count["duplicates"] += len(group) - len(distinct)
-        outcomes = {sample["passed"] for sample in group}
-        always = {(True,): "always_pass", (False,): "always_fail"}.get(tuple(outcomes))
+        passes = [sample["passed"] for sample in distinct.values()]
+        always = "always_pass" if all(passes) else "always_fail" if not any(passes) else "mixed"
         count[always] += 1
         task_pairs = _pair(list(distinct.values()), args)
         count["tasks_with_pairs"] += bool(task_pairs)
