@@ -162,7 +162,9 @@ def main():
     adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = PairTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
     keep_adapter_in_fp32(trainer.model, adapter)
-    if args.device.type == "cpu" and not args.use_weighting:  # which needs more than this head returns
+    # On two cores a step of two pairs (1,981 tokens) takes 10 s and 5.7 GB with this head, 28 s and 9.0 GB with TRL's.
+    # WPO's weights need more than it returns.
+    if args.device.type == "cpu" and not args.use_weighting:
         add_cpu_lm_head(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.delete_adapter("ref")  # or it would be saved beside the trained one
