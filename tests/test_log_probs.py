@@ -38,16 +38,18 @@ def adapter_gradients(model):
 def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch):
     weights = torch.linspace(-1, 1, 8)  # a different weight a row, as advantages are
     model = with_adapter(tiny_model)
-    expected_log_probs, expected_entropy = torch.zeros(8, 10), torch.zeros(8, 10)
+    expected_log_probs, expected_entropy, expected_mean_logits = (torch.zeros(8, 10) for _ in range(3))
     for row in range(8):
         keep = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][keep], batch["labels"][row][keep]
-        log_softmax = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+        logits = model(ids[None]).logits[0, :-1] / 0.7
+        log_softmax = logits.log_softmax(-1)
         scored = labels[1:] != -100
         log_probs = log_softmax.gather(-1, ids[1:, None])[:, 0][scored]
         (weights[row] * log_probs.sum()).backward()
         at = (batch["labels"][row][1:] != -100).nonzero()[:, 0]
         expected_log_probs[row, at] = log_probs.detach()
+        expected_mean_logits[row, at] = logits.mean(-1)[scored].detach()
         expected_entropy[row, at] = -(log_softmax.exp() * log_softmax).sum(-1)[scored].detach()
     expected_gradients = adapter_gradients(model)
 
@@ -59,6 +61,7 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch
     (weights * output.log_probs.sum(1)).sum().backward()
     torch.testing.assert_close(output.log_probs, expected_log_probs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.mean_logits, expected_mean_logits, rtol=1e-5, atol=1e-5)
     assert (adapter_gradients(model) - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
     assert torch.equal(output.label_mask, batch["labels"][:, 1:] != -100)
 

@@ -26,7 +26,8 @@ CHUNK_SIZE = 128
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
     r"""
-    \\( \log p_y \\), entropy and top-1 match of `softmax(hidden @ weight.T / temperature)`, for a frozen head.
+    \\( \log p_y \\), entropy, mean logit and top-1 match of `softmax(hidden @ weight.T / temperature)`, for a frozen
+    head.
 
     The gradient of each position's log-probability is one vector,
     \\( \partial \log p_y / \partial h = (w_y - \sum_v p_v w_v) / \tau \\), so it is computed in the forward and only
@@ -35,10 +36,11 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        log_probs, entropies, is_top1, gradients = [], [], [], []
+        log_probs, entropies, mean_logits, is_top1, gradients = [], [], [], [], []
         hidden = hidden.to(weight.dtype)
         for states, labels in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
             logits = nn.functional.linear(states, weight, bias).float().div_(temperature)
+            mean_logits.append(logits.mean(-1))
             logits -= logits.logsumexp(-1, keepdim=True)
             probs = logits.exp()
             log_probs.append(logits.gather(-1, labels[:, None])[:, 0])
@@ -49,7 +51,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                 gradients.append((weight[labels].float() - expected.float()) / temperature)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
-        measured = torch.cat(entropies), torch.cat(is_top1)
+        measured = torch.cat(entropies), torch.cat(mean_logits), torch.cat(is_top1)
         ctx.mark_non_differentiable(*measured)
         return torch.cat(log_probs), *measured
 
@@ -159,8 +161,8 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     Replace the fused LM head that TRL put on `model` by the one of this file, for CPU tensors and a frozen head.
 
     The contract is TRL's: `model(..., labels=labels, fused_lm_head=True)` returns per-token log-probabilities,
-    entropies and whether the label is the likeliest token, zero where the label is -100; every other call is the
-    model's own forward. TRL's SFTTrainer and RLOOTrainer both use it.
+    entropies, mean logits and whether the label is the likeliest token, zero where the label is -100; every other call
+    is the model's own forward. TRL's SFTTrainer, RLOOTrainer and DPOTrainer use it.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -183,7 +185,9 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         labels = labels[:, 1:]
         mask = labels != -100
         scores = _FrozenHeadLogProbs.apply(hidden_states, head.weight, head.bias, labels[mask], temperature)
-        log_probs, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scores)
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        log_probs, entropy, mean_logits, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in scores)
+        return FusedCausalLMOutput(
+            log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=mask
+        )
 
     model.forward = types.MethodType(forward, model)
