@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .adapters import adapter_in_base_dtype, base_model
+from .cpu_linear import fast_linears
 
 
 # How many of the most likely tokens are looked at before a row's whole vocabulary is sorted: on a CPU a sort of
@@ -131,7 +132,7 @@ def generate_completions(
     was_training = model.training
     model.eval()
     try:
-        with adapter_in_base_dtype(model):
+        with adapter_in_base_dtype(model), fast_linears(model, len(prompt_ids)):
             unique = {tuple(ids): None for ids in prompt_ids}
             row_of_prompt = {ids: row for row, ids in enumerate(unique)}
             longest = max(map(len, unique))
