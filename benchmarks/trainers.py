@@ -1,5 +1,5 @@
 """
-Seconds and memory of an optimizer step: TRL's trainers, ours, and one completion at a time, on the same work in one run.
+Seconds and memory of an optimizer step: TRL's trainers, ours and one completion at a time, on the same work in one run.
 
     python benchmarks/trainers.py --adapter runs/quickstart/sft
 
