@@ -12,7 +12,6 @@ writes `OUTPUT_DIR/per_task.jsonl` and `OUTPUT_DIR/metrics.json`.
 Not covered: several processes; the tasks are too few for that.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -23,7 +22,6 @@ from math import sqrt
 from pathlib import Path
 from statistics import mean, median
 
-import torch
 from common import (
     RunDirectory,
     adapter_base,
@@ -39,9 +37,9 @@ from rewards import task_program, truncate_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from sampling import adapter_sha256, complete
 from sandbox import Sandbox
 from tqdm import tqdm
-from trainers import generate_completions
 from transformers import set_seed
 from trl import ModelConfig
 
@@ -108,8 +106,7 @@ def main():
     if os.path.isfile(os.path.join(model_args.model_name_or_path or "", "adapter_config.json")):
         adapter = model_args.model_name_or_path
         model_args.model_name_or_path = adapter_base(adapter)
-        weights = Path(adapter, "adapter_model.safetensors").read_bytes()
-        settings["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
+        settings["adapter_sha256"] = adapter_sha256(adapter)
     run = RunDirectory(args.output_dir, "evaluate", settings)
     if run.finished:
         return print_table([args.output_dir])
@@ -119,7 +116,11 @@ def main():
     run.start()
     started = time.perf_counter()
     set_seed(args.seed)
-    samples = complete(load_policy(model_args, adapter), load_tokenizer(model_args), tasks, args)
+    model, tokenizer = load_policy(model_args, adapter), load_tokenizer(model_args)
+    with tqdm(total=len(tasks) * args.num_generations, desc="Completing", unit="completion") as bar:
+        samples = complete(model, tokenizer, tasks, args, bar)
+    for sample in samples:
+        sample["completion_tokens"] = len(sample.pop("completion_ids"))
     grade(samples, tasks, args.sandbox_timeout)
     metrics = summarize(samples, len(tasks), args.num_generations)
     metrics |= {
@@ -135,61 +136,13 @@ def main():
     print_table([args.output_dir])
 
 
-def complete(model, tokenizer, tasks, args: EvaluateArguments) -> list[dict]:
-    """
-    Complete every task's prompt.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        tasks ([`~datasets.Dataset`]):
-            The tasks.
-        args ([`EvaluateArguments`]):
-            How to decode.
-
-    Returns:
-        `list[dict]`: For each task in order and each of its completions `task_id`, `completion` and
-        `completion_tokens` (EOS included).
-    """
-    if torch.cuda.is_available():
-        model.to("cuda")
-    eos_token_ids = model.generation_config.eos_token_id
-    eos_token_ids = {tokenizer.eos_token_id, *(eos_token_ids if isinstance(eos_token_ids, list) else [eos_token_ids])}
-    prompt_ids = [ids for ids in tokenizer(tasks["prompt"][:])["input_ids"] for _ in range(args.num_generations)]
-    completion_ids = [None] * len(prompt_ids)
-    # Prompts of similar length together: less padding
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    with tqdm(total=len(prompt_ids), desc="Completing", unit="completion") as bar:
-        for first in range(0, len(order), args.per_device_eval_batch_size):
-            rows = order[first : first + args.per_device_eval_batch_size]
-            batch = generate_completions(
-                model,
-                [prompt_ids[row] for row in rows],
-                eos_token_ids=[token for token in eos_token_ids if token is not None],
-                max_completion_length=args.max_completion_length,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                on_token=bar.update,
-            )
-            bar.update(first + len(rows) - bar.n)  # those cut off at the length limit
-            for row, ids in zip(rows, batch, strict=True):
-                completion_ids[row] = ids
-    completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    return [
-        {"task_id": tasks[i // args.num_generations]["task_id"], "completion": text, "completion_tokens": len(ids)}
-        for i, (text, ids) in enumerate(zip(completions, completion_ids, strict=True))
-    ]
-
-
 def grade(samples: list[dict], tasks, timeout: float) -> None:
     """
     Add `verdict`, `passed` and `passed_truncated` to every sample.
 
     Args:
         samples (`list[dict]`):
-            As [`complete`] returns them.
+            Completions of tasks, with `task_id` and `completion`.
         tasks ([`~datasets.Dataset`]):
             The tasks that they complete.
         timeout (`float`):

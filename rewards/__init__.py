@@ -1,16 +1,23 @@
 """Tasks and the reward: task, completion -> program -> sandbox -> number."""
 
 from .programs import program_source, task_program, truncate_completion, trusted_setup
+from .shaping import CompilesReward, PartialReward, compiles_reward, length_reward, partial_reward
 from .tasks import humaneval_test_ids, load_tasks
-from .unit_tests import UnitTestReward
+from .unit_tests import UnitTestReward, unit_test_reward
 
 
 __all__ = [
+    "CompilesReward",
+    "PartialReward",
     "UnitTestReward",
+    "compiles_reward",
     "humaneval_test_ids",
+    "length_reward",
     "load_tasks",
+    "partial_reward",
     "program_source",
     "task_program",
     "truncate_completion",
     "trusted_setup",
+    "unit_test_reward",
 ]

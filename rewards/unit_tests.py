@@ -2,14 +2,53 @@
 The reward: 1 if every unit test passes, minus a price for every generated token.
 
 A TRL reward function, so it plugs into `GRPOTrainer`, `RLOOTrainer` and the trainers of this project alike. The tests
-run in the sandbox, never in the caller's process. Not covered: partial credit.
+run in the sandbox, never in the caller's process. Not covered: partial credit, which stands in `shaping.py`.
 """
 
+import functools
 from collections.abc import Callable
 
 from sandbox import Sandbox
 
 from .programs import task_program
+
+
+@functools.cache
+def default_sandbox() -> Sandbox:
+    """
+    The sandbox of all rewards that were given none, started at the first call.
+
+    Returns:
+        [`~sandbox.Sandbox`]
+    """
+    return Sandbox()
+
+
+def task_column(columns: dict, name: str, setting: str) -> list:
+    """
+    A task column that a trainer passed to a reward.
+
+    Args:
+        columns (`dict`):
+            Everything the trainer passed; columns are the lists in it.
+        name (`str`):
+            The column's name.
+        setting (`str`):
+            The reward's argument that sets this name.
+
+    Returns:
+        `list`: One value a completion.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    if columns.get(name) is None:
+        there = sorted(key for key, value in columns.items() if isinstance(value, list) and key != "completion_ids")
+        raise ValueError(
+            f"the tasks have no column {name!r}, their columns are {', '.join(['prompt', *there])}: "
+            f"add it, or name the column that holds it with {setting}=..."
+        )
+    return columns[name]
 
 
 class UnitTestReward:
@@ -35,25 +74,38 @@ class UnitTestReward:
         length_penalty (`float`, *optional*, defaults to `0.01`):
             Price of 100 generated tokens, at least 0. With 0 no token counts are needed.
         sandbox ([`~sandbox.Sandbox`], *optional*):
-            Where the programs run. If `None`, one with the defaults is started at the first call.
+            Where the programs run. If `None`, one with the defaults, which all such rewards of a process share, is
+            started at the first call.
+        test_column (`str`, *optional*, defaults to `"test"`):
+            The tasks' column that holds their tests.
+        entry_point_column (`str`, *optional*, defaults to `"entry_point"`):
+            The tasks' column that holds the name of the function under test.
 
     Raises:
         ValueError: `length_penalty` is negative.
     """
 
-    def __init__(self, length_penalty: float = 0.01, sandbox: Sandbox | None = None):
+    def __init__(
+        self,
+        length_penalty: float = 0.01,
+        sandbox: Sandbox | None = None,
+        test_column: str = "test",
+        entry_point_column: str = "entry_point",
+    ):
         if not length_penalty >= 0:
             raise ValueError(f"length_penalty is {length_penalty}: write 0 or more, it is subtracted from the reward")
         self.length_penalty = length_penalty
         self._sandbox = sandbox
+        self.test_column = test_column
+        self.entry_point_column = entry_point_column
         self.__name__ = "unit_tests"  # TRL names a reward function's metrics by this
 
     def __call__(
         self,
         prompts: list,
         completions: list,
-        test: list[str],
-        entry_point: list[str],
+        test: list[str] | None = None,
+        entry_point: list[str] | None = None,
         completion_ids: list[list[int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
@@ -67,10 +119,11 @@ class UnitTestReward:
                 Prompts, plain text or chat messages.
             completions (`list[str]` or `list[list[dict]]`):
                 One completion a prompt, in the same form.
-            test (`list[str]`):
-                Each task's tests, trusted text that defines `check(candidate)`.
-            entry_point (`list[str]`):
-                The name of the function under test.
+            test (`list[str]`, *optional*):
+                Each task's tests, trusted text that defines `check(candidate)`; needed unless `test_column` names
+                another column.
+            entry_point (`list[str]`, *optional*):
+                The name of the function under test; needed unless `entry_point_column` names another column.
             completion_ids (`list[list[int]]`, *optional*):
                 The generated token ids, EOS included; needed unless `length_penalty` is 0.
             log_metric (`Callable`, *optional*):
@@ -78,20 +131,22 @@ class UnitTestReward:
             log_extra (`Callable`, *optional*):
                 TRL's hook for columns of the completions table.
             **kwargs:
-                The task's other columns and whatever else the trainer passes; not used.
+                The task's other columns, among them those that `test_column` and `entry_point_column` name, and
+                whatever else the trainer passes.
 
         Returns:
             `list[float]`: One reward a completion, in order.
 
         Raises:
-            ValueError: `length_penalty` is above 0 and `completion_ids` is missing.
+            ValueError: A column of the tasks is missing, or `completion_ids` where `length_penalty` is above 0.
         """
         if self.length_penalty and completion_ids is None:
             raise ValueError("length_penalty needs completion_ids, the generated tokens: pass them or set it to 0")
-        if self._sandbox is None:
-            self._sandbox = Sandbox()
-        verdicts = self._sandbox.run(
-            [task_program(*task) for task in zip(prompts, completions, test, entry_point, strict=True)]
+        columns = {**kwargs, "test": test, "entry_point": entry_point}
+        tests = task_column(columns, self.test_column, "test_column")
+        entry_points = task_column(columns, self.entry_point_column, "entry_point_column")
+        verdicts = (self._sandbox or default_sandbox()).run(
+            [task_program(*task) for task in zip(prompts, completions, tests, entry_points, strict=True)]
         )
         lengths = [len(ids) for ids in completion_ids] if completion_ids is not None else [0] * len(completions)
 
@@ -106,3 +161,25 @@ class UnitTestReward:
             float(verdict.passed) - self.length_penalty * length / 100
             for verdict, length in zip(verdicts, lengths, strict=True)
         ]
+
+
+_unit_tests = UnitTestReward()
+
+
+def unit_test_reward(prompts: list, completions: list, **kwargs) -> list[float]:
+    """
+    [`UnitTestReward`] with its defaults, as a function, so that TRL's command line finds it by its dotted path:
+    `trl grpo --reward_funcs rewards.unit_test_reward ...`.
+
+    Args:
+        prompts (`list[str]` or `list[list[dict]]`):
+            Prompts, plain text or chat messages.
+        completions (`list[str]` or `list[list[dict]]`):
+            One completion a prompt, in the same form.
+        **kwargs:
+            `completion_ids`, the task columns `test` and `entry_point`, and whatever else the trainer passes.
+
+    Returns:
+        `list[float]`: One reward a completion, in order.
+    """
+    return _unit_tests(prompts, completions, **kwargs)

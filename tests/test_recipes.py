@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from trl import ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 from common import RunDirectory, TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
 from default_model import DEFAULT_MODEL  # noqa: E402
+from dpo import PairArguments  # noqa: E402
 from evaluate import EvaluateArguments, print_table, summarize, wilson_interval  # noqa: E402
 from policy_gradient import RLArguments  # noqa: E402
+from preferences import PreferencesArguments  # noqa: E402
 from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 
@@ -28,6 +30,8 @@ STAGES = {
     "sft": (TaskArguments, SFTConfig, ModelConfig),
     "reinforce": (RLArguments, ReinforceConfig, ModelConfig),
     "ppo": (RLArguments, PPOClipConfig, ModelConfig),
+    "preferences": (PreferencesArguments, ModelConfig),
+    "dpo": (PairArguments, DPOConfig, ModelConfig),
     "evaluate": (EvaluateArguments, ModelConfig),
 }
 TASKS = [
@@ -175,6 +179,11 @@ def test_deepseek_recipes_hold_the_published_values():
             assert (args.num_iterations, args.epsilon, args.max_steps) == (4, 0.2, 400)
             assert (args.learning_rate, args.temperature, args.top_p) == (5e-6, 0.8, 0.95)
             assert (args.max_completion_length, args.max_grad_norm) == (256, 1.0)
+    assert parsed("preferences")[0].pair_rule == "shortest_pass_longest_fail"
+    for loss_type in ("sigmoid", "ipo", "sigmoid_norm"):
+        _, args, _ = parsed("dpo" if loss_type == "sigmoid" else f"dpo_{loss_type}")
+        assert (args.loss_type, args.beta, args.learning_rate) == ([loss_type], 0.05, 2e-6)
+        assert (args.num_train_epochs, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 2, 1)
 
 
 @pytest.mark.parametrize(

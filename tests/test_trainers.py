@@ -6,10 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rewards import UnitTestReward
-from sandbox import Sandbox
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, keep_adapter_in_fp32
-from trl import GRPOConfig, GRPOTrainer
 
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n\n\ndef long_name(x):\n", "b"]
@@ -265,25 +262,3 @@ def test_images_are_refused(tmp_path, tiny_model):
     images = Dataset.from_dict({"prompt": ["a"], "image": ["b"]})
     with pytest.raises(ValueError, match="this trainer reads text only"):
         ReinforceTrainer(tiny_model, RecordingReward(), config, train_dataset=images).train()
-
-
-def test_reward_plugs_into_grpo(tmp_path, tiny_folder):
-    tasks = Dataset.from_dict(
-        {
-            "prompt": ["def one():\n    return 1\n"] * 2,
-            "test": ["def check(candidate):\n    assert candidate() == 1\n"] * 2,
-            "entry_point": ["one"] * 2,
-        }
-    )
-    with Sandbox(timeout=2.0) as sandbox:
-        trainer = GRPOTrainer(
-            model=str(tiny_folder),
-            reward_funcs=UnitTestReward(length_penalty=0.01, sandbox=sandbox),
-            args=GRPOConfig(str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_steps=1, **COMMON),
-            train_dataset=tasks,
-        )
-        trainer.train()
-    log = trainer.state.log_history[0]
-    tokens = log["completions/mean_length"]
-    assert log["completion_tokens"] == pytest.approx(tokens)
-    assert log["rewards/unit_tests/mean"] == pytest.approx(log["pass_rate"] - 0.01 * tokens / 100, abs=1e-6)

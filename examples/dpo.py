@@ -1,0 +1,57 @@
+"""
+DPO from a policy's own programs, in one script: sample, grade, prefer the best of a task to its worst.
+
+    python examples/dpo.py --model_name_or_path Qwen/Qwen2.5-Coder-0.5B-Instruct --output_dir runs/own_dpo --use_peft
+
+On a machine without a GPU add `--use_cpu`; without the Hub, give the folder that `python recipes/default_model.py`
+prints. The stages `preferences` and `dpo` of `recipes/` do this for long runs: they batch several tasks, go on where
+they were stopped, choose pairs by rule and train on the sampled tokens themselves.
+"""
+
+from datasets import Dataset
+from rewards import UnitTestReward, load_tasks
+from trainers import generate_completions
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config
+
+
+NUM_TASKS, NUM_GENERATIONS, MAX_COMPLETION_LENGTH = 16, 8, 128
+
+
+def preference_pairs(model, tokenizer) -> Dataset:
+    """Pairs in TRL's format, one for each task whose samples differ in reward."""
+    reward, pairs = UnitTestReward(length_penalty=0.01), []
+    for task in load_tasks("humaneval", "train").select(range(NUM_TASKS)):
+        prompt_ids = [tokenizer(task["prompt"])["input_ids"]] * NUM_GENERATIONS
+        ids = generate_completions(
+            model, prompt_ids, [tokenizer.eos_token_id], MAX_COMPLETION_LENGTH, temperature=0.8, top_p=0.95
+        )
+        completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        columns = {name: [task[name]] * NUM_GENERATIONS for name in ("test", "entry_point")}
+        rewards = reward([task["prompt"]] * NUM_GENERATIONS, completions, completion_ids=ids, **columns)
+        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+        if rewards[best] > rewards[worst]:
+            pairs.append({"prompt": task["prompt"], "chosen": completions[best], "rejected": completions[worst]})
+    if not pairs:
+        raise SystemExit("all completions of each task earned the same: sample more of them, or longer ones")
+    return Dataset.from_list(pairs)
+
+
+def main():
+    args, model_args = TrlParser((DPOConfig, ModelConfig)).parse_args_and_config()
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="auto").to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    trainer = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=preference_pairs(model, tokenizer),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""
+Stage 3b, DPO: prefer the short program that passes to the long one that fails, both from the policy's own samples.
+
+TRL's `DPOTrainer` on the pairs of `preferences.py`, from the SFT adapter. The reference is the SFT policy itself: for a
+policy that is an adapter already, TRL keeps a frozen copy of it under the name "ref".
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo.py \
+        --config recipes/qwen2.5-coder-0.5b/dpo.yaml
+
+TRL would tokenize prompt and completion as one text, where tokens can merge, and end every completion in EOS, also one
+that was cut off. Here the pairs' own token ids are trained on, exactly as the policy emitted them. Not covered:
+training without an adapter, and pairs without token ids, for which `trl dpo` is the tool.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import (
+    RunDirectory,
+    TaskArguments,
+    check_policy,
+    load_policy,
+    load_stage_tasks,
+    load_tokenizer,
+    parse_settings,
+)
+from datasets import Dataset
+from trainers import keep_adapter_in_fp32
+from trl import DPOConfig, DPOTrainer, ModelConfig
+
+
+COLUMNS = {"task_id": str, "prompt": str, "chosen": str, "rejected": str, "chosen_ids": list, "rejected_ids": list}
+
+
+@dataclass
+class PairArguments(TaskArguments):
+    """
+    What DPO adds: where its policy and its pairs come from.
+
+    Args:
+        adapter_name_or_path (`str`):
+            Directory of the adapter to continue from, which is the reference too, usually the SFT stage's.
+        preferences (`str`, *optional*, defaults to `"runs/preferences"`):
+            The output directory of the stage `preferences`, or a JSONL file with the columns of its `pairs.jsonl`.
+    """
+
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Directory of the adapter to continue from, which is the reference too."}
+    )
+    preferences: str = field(
+        default="runs/preferences", metadata={"help": "Output directory of the stage `preferences`, or a JSONL file."}
+    )
+
+    def __post_init__(self):
+        if not self.adapter_name_or_path:
+            raise ValueError("adapter_name_or_path is not set: write the directory of the SFT stage's adapter")
+
+
+class PairTrainer(DPOTrainer):
+    """[`~trl.DPOTrainer`] on token ids as they are: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset
+
+
+def load_pairs(preferences: str, tasks: Dataset) -> list[dict]:
+    """
+    Preference pairs, each checked against its task.
+
+    Args:
+        preferences (`str`):
+            The output directory of the stage `preferences`, or a JSONL file.
+        tasks ([`~datasets.Dataset`]):
+            The tasks that the pairs may be of.
+
+    Returns:
+        `list[dict]`: The pairs, with the columns `task_id`, `prompt`, `chosen`, `rejected`, `chosen_ids` and
+        `rejected_ids`.
+
+    Raises:
+        SystemExit: There is no such file, it holds no pairs, a column is missing, or a prompt is not its task's.
+    """
+    path = Path(preferences)
+    if path.is_dir():
+        path /= "pairs.jsonl"
+    if not path.is_file():
+        raise SystemExit(f"preferences: there is no file {path}: has the stage 'preferences' finished?")
+    prompts = dict(zip(tasks["task_id"], tasks["prompt"], strict=True))
+    pairs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        where = f"preferences: {path}:{number}"
+        try:
+            pair = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{where}: not a line of JSON: {error}") from None
+        for column, kind in COLUMNS.items():
+            if not isinstance(pair, dict) or not isinstance(pair.get(column), kind):
+                raise SystemExit(
+                    f"{where}: column {column!r} is missing or no {kind.__name__}: "
+                    f"write the file with recipes/preferences.py"
+                )
+        if pair["task_id"] not in prompts:
+            raise SystemExit(f"{where}: {pair['task_id']!r} is none of the tasks of dataset_name and its train split")
+        if pair["prompt"] != prompts[pair["task_id"]]:
+            raise SystemExit(f"{where}: the prompt is not that of the task {pair['task_id']!r}, byte for byte")
+        pairs.append({column: pair[column] for column in COLUMNS})
+    if not pairs:
+        raise SystemExit(f"preferences: {path} holds no pairs")
+    return pairs
+
+
+def pair_dataset(pairs: list[dict], tokenizer, max_length: int | None) -> Dataset:
+    """
+    What the trainer reads.
+
+    Args:
+        pairs (`list[dict]`):
+            As [`load_pairs`] returns them.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        max_length (`int`, *optional*):
+            Most tokens that prompt and completion may have together.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Raises:
+        SystemExit: The ids are not this tokenizer's, or a pair is too long.
+    """
+    rows = []
+    for number, pair in enumerate(pairs, start=1):
+        prompt_ids = tokenizer(pair["prompt"])["input_ids"]
+        for side in ("chosen", "rejected"):
+            ids = pair[f"{side}_ids"]
+            if tokenizer.decode(ids, skip_special_tokens=True) != pair[side]:
+                raise SystemExit(
+                    f"preferences: pair {number}: {side}_ids are not the tokens of {side!r} for this model's "
+                    "tokenizer: sample the pairs from a policy on the same base"
+                )
+            if max_length is not None and len(prompt_ids) + len(ids) > max_length:
+                raise SystemExit(
+                    f"preferences: pair {number} has {len(prompt_ids) + len(ids)} tokens and max_length is "
+                    f"{max_length}: raise max_length, or the completion's end would not be trained on"
+                )
+        rows.append({"prompt_ids": prompt_ids} | {name: pair[name] for name in ("chosen_ids", "rejected_ids")})
+    return Dataset.from_list(rows)
+
+
+def main():
+    stage, args, model_args, settings = parse_settings(PairArguments, DPOConfig, ModelConfig)
+    run = RunDirectory(args.output_dir, "dpo", settings)
+    if run.finished:
+        return print(f"{args.output_dir}: this run has finished")
+    pairs = load_pairs(stage.preferences, load_stage_tasks(stage.dataset_name, stage.dataset_train_split))
+    check_policy(model_args, stage.adapter_name_or_path, generates=False)
+    tokenizer = load_tokenizer(model_args)
+    train_dataset = pair_dataset(pairs, tokenizer, args.max_length)
+
+    checkpoint = run.start()
+    model = load_policy(model_args, stage.adapter_name_or_path)
+    adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = PairTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
+    keep_adapter_in_fp32(trainer.model, adapter)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.model.delete_adapter("ref")  # or it would be saved beside the trained one
+    trainer.save_model()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

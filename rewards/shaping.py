@@ -1,0 +1,191 @@
+"""
+Rewards to combine with the reward of `unit_tests.py`, for tasks on which a policy passes too seldom to learn from it.
+
+Each is a TRL reward function; TRL adds several up by `reward_weights`. Whatever pays for less than a passing program
+can be earned without one: each docstring says how, so weigh these low and watch the pass rate, not the sum. Tests and
+programs run in the sandbox, and a program is not even parsed in the caller's process.
+"""
+
+import ast
+import functools
+
+from sandbox import Program, Sandbox
+
+from .programs import program_source, task_program
+from .unit_tests import default_sandbox, task_column
+
+
+class PartialReward:
+    """
+    Fraction of a task's tests that pass, each run by itself.
+
+    A test is a statement in the body of `check` that asserts something; a loop of asserts is one test, and a `check`
+    without asserts is one. The statements that assert nothing run before each of them. A completion that passes
+    everything earns 1 in one run; one that is stopped for its time, its memory or a crash earns 0, for each of its
+    tests would cost as much again.
+
+    Helps where a policy passes some tests of a task and never all, so that completions of one task differ in reward.
+    Gamed by answers that are right by chance or in the plain cases: `return False` passes half of the tests of many a
+    predicate, and special cases of the docstring's examples pass those. So its weight belongs well below that of the
+    full pass, and it should go to zero once the policy passes now and then.
+
+    Args:
+        sandbox ([`~sandbox.Sandbox`], *optional*):
+            Where the programs run. If `None`, the one that rewards share.
+        test_column (`str`, *optional*, defaults to `"test"`):
+            The tasks' column that holds their tests.
+        entry_point_column (`str`, *optional*, defaults to `"entry_point"`):
+            The tasks' column that holds the name of the function under test.
+    """
+
+    def __init__(
+        self, sandbox: Sandbox | None = None, test_column: str = "test", entry_point_column: str = "entry_point"
+    ):
+        self._sandbox = sandbox
+        self.test_column = test_column
+        self.entry_point_column = entry_point_column
+        self.__name__ = "partial"
+
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
+        """
+        Grade a batch of completions.
+
+        Args:
+            prompts (`list[str]` or `list[list[dict]]`):
+                Prompts, plain text or chat messages.
+            completions (`list[str]` or `list[list[dict]]`):
+                One completion a prompt, in the same form.
+            **kwargs:
+                The task columns and whatever else the trainer passes.
+
+        Returns:
+            `list[float]`: One reward a completion, in order, from 0 to 1.
+
+        Raises:
+            ValueError: A column of the tasks is missing.
+        """
+        sandbox = self._sandbox or default_sandbox()
+        tests = task_column(kwargs, self.test_column, "test_column")
+        entry_points = task_column(kwargs, self.entry_point_column, "entry_point_column")
+        rows = list(zip(prompts, completions, tests, entry_points, strict=True))
+        verdicts = sandbox.run([task_program(*row) for row in rows])
+        rewards = [float(verdict.passed) for verdict in verdicts]
+
+        parts = [
+            (i, task_program(prompt, completion, part, entry_point))
+            for i, (prompt, completion, test, entry_point) in enumerate(rows)
+            if verdicts[i].status in ("failed", "error")
+            for part in split_tests(test)
+        ]
+        passed = [[] for _ in rows]
+        for (i, _), verdict in zip(parts, sandbox.run([program for _, program in parts]), strict=True):
+            passed[i].append(verdict.passed)
+        return [sum(flags) / len(flags) if flags else reward for flags, reward in zip(passed, rewards, strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def split_tests(test: str) -> list[str]:
+    """
+    A task's tests, one by one.
+
+    Args:
+        test (`str`):
+            Trusted text that defines `check(candidate)`.
+
+    Returns:
+        `list[str]`: For each statement of `check` that asserts something the text with this one alone, after the
+        statements before it that assert nothing. The text itself where `check` has none.
+    """
+    module = ast.parse(test)
+    (*_, check) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check")
+    body, setup, parts = check.body, [], []
+    for statement in body:
+        if any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+            check.body = [*setup, statement]
+            parts.append(ast.unparse(module))
+        else:
+            setup.append(statement)
+    return parts or [test]
+
+
+class CompilesReward:
+    """
+    1 if the program is valid Python, 0 if it is not; nothing of it is run.
+
+    The program's text is handed to `compile` as data, in the cage of the sandbox: a text nested a million deep can
+    exhaust or crash a parser, and that is the caged process's end alone.
+
+    Helps a base that writes prose or breaks off in the middle of a line. Gamed by the shortest valid program: `pass`,
+    a comment, or an empty completion after a docstring. It says nothing about being right, so use it for the first
+    steps only.
+
+    Args:
+        sandbox ([`~sandbox.Sandbox`], *optional*):
+            Where the programs are parsed. If `None`, the one that rewards share.
+    """
+
+    def __init__(self, sandbox: Sandbox | None = None):
+        self._sandbox = sandbox
+        self.__name__ = "compiles"
+
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
+        """
+        Grade a batch of completions.
+
+        Args:
+            prompts (`list[str]` or `list[list[dict]]`):
+                Prompts, plain text or chat messages.
+            completions (`list[str]` or `list[list[dict]]`):
+                One completion a prompt, in the same form.
+            **kwargs:
+                Whatever else the trainer passes; not used.
+
+        Returns:
+            `list[float]`: 1.0 or 0.0 a completion, in order.
+        """
+        programs = [
+            Program(
+                # ascii() makes any text, NUL bytes and lone surrogates included, one literal that only means itself
+                f"SOURCE = {ascii(program_source(prompt, completion))}\n"
+                "def parses():\n"
+                "    compile(SOURCE, 'program', 'exec', dont_inherit=True)\n"
+                "    return True\n",
+                tests="assert candidate() is True",
+                entry_point="parses",
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return [float(verdict.passed) for verdict in (self._sandbox or default_sandbox()).run(programs)]
+
+
+def length_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
+    r"""
+    Minus the generated tokens, in hundreds, the EOS token included: \\( -T / 100 \\).
+
+    `UnitTestReward(length_penalty=0)` and this with a weight of α add up to the reward with a penalty of α, and TRL
+    then logs the two apart. Helps a policy that passes to do so in fewer tokens. Gamed by writing nothing: where few
+    completions of a batch pass, the empty one is the best, so the weight must stay small beside the pass rate.
+
+    Args:
+        completion_ids (`list[list[int]]`):
+            The generated token ids.
+        **kwargs:
+            Whatever else the trainer passes; not used.
+
+    Returns:
+        `list[float]`: One reward a completion, in order, at most 0.
+    """
+    return [-len(ids) / 100 for ids in completion_ids]
+
+
+_partial, _compiles = PartialReward(), CompilesReward()
+
+
+def partial_reward(prompts: list, completions: list, **kwargs) -> list[float]:
+    """[`PartialReward`] with its defaults, as a function with a dotted path; see there how it is gamed."""
+    return _partial(prompts, completions, **kwargs)
+
+
+def compiles_reward(prompts: list, completions: list, **kwargs) -> list[float]:
+    """[`CompilesReward`] with its defaults, as a function with a dotted path; see there how it is gamed."""
+    return _compiles(prompts, completions, **kwargs)

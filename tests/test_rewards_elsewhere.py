@@ -1,0 +1,203 @@
+"""The rewards in the trainers that people use them with: TRL's, ours, and TRL's command line; and those to combine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+from rewards import (
+    CompilesReward,
+    PartialReward,
+    UnitTestReward,
+    compiles_reward,
+    length_reward,
+    load_tasks,
+    partial_reward,
+    unit_test_reward,
+)
+from rewards.shaping import split_tests
+from sandbox import Sandbox
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+
+# Whatever follows is a comment, so most completions of a random policy pass, and the rewards are known
+PROMPT = "def one():\n    return 1  # "
+TEST = "def check(candidate):\n    assert candidate() == 1\n"
+TWICE = 'def twice(n: int) -> int:\n    """Return 2 n."""\n'
+TWICE_TEST = """
+def check(candidate):
+    three = 3
+    assert candidate(three) == 6
+    assert candidate(0) == 0
+    for n in range(3):
+        assert candidate(n) == 2 * n
+    assert candidate(-1) == -2, "negative"
+"""
+COMMON = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+COMMON |= {"bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "seed": 3}
+TRAINERS = {
+    "grpo": (GRPOTrainer, GRPOConfig, {"num_generations": 2, "max_completion_length": 8}),
+    "rloo": (RLOOTrainer, RLOOConfig, {"num_generations": 2, "max_completion_length": 8}),
+    "reinforce": (ReinforceTrainer, ReinforceConfig, {"max_completion_length": 8}),
+    "ppo_clip": (PPOClipTrainer, PPOClipConfig, {"max_completion_length": 8}),
+    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig, {"max_new_tokens": 8}),
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(timeout=2.0) as sandbox:
+        yield sandbox
+
+
+class Recorder:
+    """A reward function that keeps what it was asked and what the reward it wraps answered."""
+
+    def __init__(self, reward):
+        self.reward, self.calls, self.__name__ = reward, [], reward.__name__
+
+    def __call__(self, **kwargs):
+        self.calls.append((kwargs, self.reward(**kwargs)))
+        return self.calls[-1][1]
+
+
+def train(name, folder, model_folder, reward, rows):
+    trainer_class, config_class, settings = TRAINERS[name]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    trainer = trainer_class(
+        model=str(model_folder),
+        reward_funcs=reward,
+        args=config_class(str(folder), per_device_train_batch_size=2, **settings, **COMMON),
+        train_dataset=Dataset.from_list(rows * 2),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_instance_in_every_trainer(tmp_path, tiny_folder, sandbox, name):
+    reward = Recorder(UnitTestReward(0.01, sandbox, test_column="tests", entry_point_column="function"))
+    row = {"prompt": PROMPT, "tests": TEST, "function": "one", "task_id": "one"}
+    trainer = train(name, tmp_path, tiny_folder, reward, [row])
+    ((asked, rewards),) = reward.calls
+    assert len(rewards) == len(asked["completions"]) >= 2 and asked["prompts"][0] == PROMPT
+    # Each is the pass of its own text minus the price of its own tokens
+    alone = UnitTestReward(0, sandbox)
+    passes = alone(asked["prompts"], asked["completions"], [TEST] * len(rewards), ["one"] * len(rewards))
+    assert rewards == [p - 0.01 * len(ids) / 100 for p, ids in zip(passes, asked["completion_ids"], strict=True)]
+    log = trainer.state.log_history[0]
+    if name != "online_dpo":  # which knows no log_metric
+        assert log["rewards/unit_tests/mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
+        assert log["pass_rate"] == pytest.approx(sum(passes) / len(passes), abs=1e-6)
+        assert log["completion_tokens"] == pytest.approx(log["completions/mean_length"])
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce", "online_dpo"])
+def test_function_on_a_chat(tmp_path, tiny_folder, name):
+    reward = Recorder(unit_test_reward)
+    row = {"prompt": [{"role": "user", "content": "Write one()."}], "test": TEST, "entry_point": "one"}
+    train(name, tmp_path, tiny_folder, reward, [row])
+    ((asked, rewards),) = reward.calls
+    assert asked["completions"][0][0]["role"] == "assistant" and reward.__name__ == "unit_test_reward"
+    assert rewards == [-0.01 * len(ids) / 100 for ids in asked["completion_ids"]], "random bytes are no function"
+
+
+def test_trl_command_line_finds_the_rewards_by_their_paths(tmp_path, tiny_folder):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    row = {"prompt": PROMPT, "test": TEST, "entry_point": "one"}
+    (tasks / "train.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    names = ["unit_test_reward", "partial_reward", "compiles_reward", "length_reward"]
+    command = [sys.executable, "-m", "trl.cli.main", "grpo", "--reward_funcs", *[f"rewards.{name}" for name in names]]
+    command += ["--model_name_or_path", str(tiny_folder), "--dataset_name", str(tasks), "--output_dir", "run"]
+    command += ["--max_steps", "1", "--logging_steps", "1", "--report_to", "none", "--use_cpu", "--bf16", "false"]
+    command += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_completion_length", "8"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (state,) = tmp_path.glob("run/checkpoint-1/trainer_state.json")
+    log = json.loads(state.read_text())["log_history"][0]
+    passed, tokens = log["pass_rate"], log["completions/mean_length"]
+    assert passed > 0, "or this says nothing"
+    assert log["rewards/unit_test_reward/mean"] == pytest.approx(passed - 0.01 * tokens / 100, abs=1e-6)
+    assert log["rewards/partial_reward/mean"] == log["rewards/compiles_reward/mean"] == pytest.approx(passed)
+    assert log["rewards/length_reward/mean"] == pytest.approx(-tokens / 100, abs=1e-6)
+
+
+def test_missing_column_is_named(sandbox):
+    columns = {"tests": [TEST], "task_id": ["one"], "completion_ids": [[1]], "trainer_state": None}
+    there = "their columns are prompt, task_id, tests: add it, or name the column that holds it with test_column="
+    for reward in (UnitTestReward(sandbox=sandbox), PartialReward(sandbox)):
+        with pytest.raises(ValueError, match=f"the tasks have no column 'test', {there}"):
+            reward(prompts=[PROMPT], completions=[""], **columns)
+    reward = UnitTestReward(sandbox=sandbox, test_column="tests")
+    with pytest.raises(ValueError, match="the tasks have no column 'entry_point', .* with entry_point_column="):
+        reward(prompts=[PROMPT], completions=[""], **columns)
+
+
+def test_partial_counts_one_assert_at_a_time(sandbox):
+    completions = {
+        "    return 2 * n": 1.0,
+        "    return n": 0.25,  # right for 0
+        "    return abs(2 * n)": 0.75,
+        "    if n == 3:\n        raise SystemExit\n    return 2 * n": 0.0,  # a crash
+        "    while True:\n        pass": 0.0,
+        "    return 2 *": 0.0,
+    }
+    rows = {"test": [TWICE_TEST] * len(completions), "entry_point": ["twice"] * len(completions)}
+    rewards = PartialReward(sandbox)(prompts=[TWICE] * len(completions), completions=list(completions), **rows)
+    assert rewards == list(completions.values())
+    chat = [[{"role": "user", "content": "Write twice(n)."}]]
+    reply = [[{"role": "assistant", "content": "```python\ndef twice(n):\n    return n\n```"}]]
+    assert partial_reward(chat, reply, test=[TWICE_TEST], entry_point=["twice"]) == [0.25]
+    assert partial_reward([], [], test=[], entry_point=[]) == []
+
+
+def test_split_tests_keep_what_they_need(sandbox):
+    assert split_tests(TWICE_TEST)[2] == (
+        "def check(candidate):\n    three = 3\n    for n in range(3):\n        assert candidate(n) == 2 * n"
+    )
+    no_assert = "def check(candidate):\n    verify(candidate)\n"
+    assert split_tests(no_assert) == [no_assert]
+    tasks = load_tasks("humaneval", "all")
+    rows = [
+        (task["prompt"], task["canonical_solution"], part, task["entry_point"])
+        for task in tasks
+        for part in split_tests(task["test"])
+    ]
+    assert len(rows) == 1181
+    prompts, completions, tests, entry_points = zip(*rows, strict=True)
+    rewards = UnitTestReward(0, sandbox)(prompts, completions, list(tests), list(entry_points))
+    assert rewards == [1.0] * len(rows), "every part of every task passes for the reference solution"
+
+
+def test_compiles_takes_hostile_text_as_data(sandbox):
+    completions = {
+        "    return 2 * n": 1.0,
+        "": 1.0,
+        "    raise SystemExit": 1.0,  # it is not run
+        "    return 9 ** 9 ** 9 ** 9": 1.0,
+        "    return 2 *": 0.0,
+        "    return '\x00'": 0.0,
+        "    return '\ud800'": 0.0,
+        "(" * 100_000: 0.0,
+        "    return " + "-" * 1_000_000 + "1": 0.0,
+        "'''\nimport os\nSOURCE = 'pass'\n'''\"\"\"": 0.0,
+    }
+    rewards = CompilesReward(sandbox)([TWICE] * len(completions), list(completions))
+    assert rewards == list(completions.values())
+    assert compiles_reward([[]], [[{"role": "assistant", "content": "```\nx = 1\n```"}]]) == [1.0]
+
+
+def test_length_and_pass_add_up_to_the_reward(sandbox):
+    rows = {"prompts": [TWICE] * 2, "completions": ["    return 2 * n", "    return n"]}
+    rows |= {"test": [TWICE_TEST] * 2, "entry_point": ["twice"] * 2, "completion_ids": [[7] * 10, [7] * 250]}
+    assert length_reward(**rows) == [-0.1, -2.5]
+    passed, lengths = UnitTestReward(0, sandbox)(**rows), length_reward(**rows)
+    both = [p + 0.03 * t for p, t in zip(passed, lengths, strict=True)]
+    assert UnitTestReward(0.03, sandbox)(**rows) == pytest.approx(both, abs=1e-12)
