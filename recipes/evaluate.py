@@ -283,25 +283,33 @@ def print_table(results: list[str]) -> None:
         results (`list[str]`):
             Result directories.
     """
-    table = Table(box=box.MARKDOWN)
-    table.add_column("run", no_wrap=True)
-    for title in ("passed", "pass@1 [95%]", "truncated", "mean tokens", "median", "verdicts"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for folder in results:
         path = Path(folder) / "metrics.json"
         if not path.is_file():
             raise SystemExit(f"{folder} holds no finished evaluation (no {path.name})")
         m = json.loads(path.read_text())
         low, high = m["pass_at_1_interval"]
-        table.add_row(
-            path.parent.name,
-            f"{m['num_passed']:g}/{m['num_tasks']}",
-            f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
-            f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
-            f"{m['mean_completion_tokens']:.1f}",
-            f"{m['median_completion_tokens']:g}",
-            ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
-        )
+        row = {
+            "run": path.parent.name,
+            "passed": f"{m['num_passed']:g}/{m['num_tasks']}",
+            "pass@1 [95%]": f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
+            "truncated": f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
+        }
+        if "plus_pass_at_1" in m:
+            row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
+        row |= {
+            "mean tokens": f"{m['mean_completion_tokens']:.1f}",
+            "median": f"{m['median_completion_tokens']:g}",
+            "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
+        }
+        rows.append(row)
+    table = Table(box=box.MARKDOWN)
+    titles = max(rows, key=len)
+    for title in titles:
+        table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row.get(title, "") for title in titles))
     Console(width=160).print(table)
 
 

@@ -6,13 +6,10 @@ each kind of run has a marker of its own as well.
 """
 
 import io
-from itertools import product
-from math import cos, radians, sin
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
 
@@ -55,7 +52,7 @@ def _figure(height: float, num_panels: int, theme: str) -> tuple[Figure, list]:
 def _png(figure: Figure) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a quarter of the bytes
+    Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", optimize=True)  # a third of the bytes
     return small.getvalue()
 
 
@@ -87,58 +84,52 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
             value = y if bar == "yerr" else x
             low, high = run.metrics[bounds]
             error = [[max(value - low, 0)], [max(high - value, 0)]]
-            panel.errorbar(x, y, **{bar: error}, color=colour, alpha=0.22, linewidth=1.5)
+            panel.errorbar(x, y, **{bar: error}, color=colour, alpha=0.25, linewidth=1.2)
         panel.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=colours["paper"])
-    panel.set_xscale("log")
     x_values = [x for x, _ in ours + theirs]
-    panel.set_xlim(min(x_values) / 1.5, max(x_values) * 1.5)
-    panel.set_ylim(-0.03, max(run.metrics["pass_at_1_interval"][1] for run in runs) + 0.12)
-    ticks = [tokens for tokens in (5, 10, 20, 30, 50, 100, 200, 300, 500) if panel.get_xlim()[0] <= tokens]
-    panel.set_xticks([tokens for tokens in ticks if tokens <= panel.get_xlim()[1]])
+    left, right = min(x_values) / 1.2, max(x_values) * 1.3
+    names_share = min(0.45, 0.017 * max(len(run.name) for run in runs) + 0.02)  # of the width, a character being 0.017
+    panel.set_xscale("log")
+    panel.set_xlim(left / (right / left) ** (names_share / (1 - names_share)), right)
+    panel.set_xticks([tokens for tokens in (5, 10, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500) if left <= tokens <= right])
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.xaxis.set_minor_locator(NullLocator())
+    top = max([run.metrics["pass_at_1_interval"][1] for run in runs] + [y for _, y in theirs])
+    panel.set_ylim(-0.04, top + 0.06)
     panel.yaxis.set_major_formatter(PercentFormatter(1))
     panel.set_xlabel("mean tokens of a completion (fewer is better)", color=colours["ink"], fontsize=11)
-    panel.set_title("pass@1, strict, on the test tasks", loc="left", color=colours["ink"], fontsize=12)
-    names = [(run.name, *point, _style(run.name, theme)[1]) for run, point in zip(runs, ours, strict=True)]
-    names.append((f"published,\n{published_base}", *max(theirs), colours["muted"]))
-    _place_labels(figure, panel, names, ours + theirs)
+    panel.set_title("pass@1, strict", loc="left", color=colours["ink"], fontsize=12)
+    where = {"xy": (0.99, 0.96), "xycoords": "axes fraction", "ha": "right", "va": "center", "color": colours["muted"]}
+    panel.annotate(f"○ published, {published_base}", fontsize=10, backgroundcolor=colours["paper"], **where)
+    heights = _spread([y for _, y in ours], 0.05 * (top + 0.1))
+    for run, point, height in zip(runs, ours, heights, strict=True):
+        panel.annotate(
+            run.name,
+            point,
+            (names_share, (height + 0.04) / (top + 0.1)),
+            textcoords="axes fraction",
+            color=_style(run.name, theme)[1],
+            fontsize=10,
+            ha="right",
+            va="center",
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": _style(run.name, theme)[1], "linewidth": 0.8, "shrinkB": 4}
+            | {"relpos": (1, 0.5)},  # from the middle of the name's right edge
+        )
     return _png(figure)
 
 
-def _place_labels(figure: Figure, panel, names: list[tuple], points: list[tuple]) -> None:
-    """Write each name beside its point, in the nearest place where it hides no point and no other name."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # places are in pixels from here on
-    renderer = figure.canvas.get_renderer()
-    frame = panel.get_window_extent(renderer)
-    dots = [panel.transData.transform(point) for point in points]
-    taken = []
-    for name, x, y, colour in names:
-        at = panel.transData.transform((x, y))
-        for distance, angle in product((12, 22, 34, 48, 64, 82, 102, 125, 150), range(0, 360, 15)):
-            dx, dy = distance * cos(radians(angle)), distance * sin(radians(angle))
-            label = panel.annotate(
-                name,
-                (x, y),
-                (dx, dy),
-                textcoords="offset points",
-                color=colour,
-                fontsize=10,
-                ha="left" if dx > 1 else "right" if dx < -1 else "center",
-                va="center",
-                parse_math=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.6, "linewidth": 0.8, "shrinkB": 4},
-            )
-            label.update_positions(renderer)
-            box = Text.get_window_extent(label, renderer).padded(3)  # without the arrow
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            free = not any(box.overlaps(other) for other in taken)
-            if inside and free and not any(box.padded(8).contains(*dot) for dot in dots):
-                break
-            label.remove()
-        # Where nothing is free the last, farthest place has to do
-        taken.append(box)
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Heights as near as possible to the given ones, in the same order, with at least about `gap` between them."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    spread = [heights[i] for i in order]
+    for _ in range(1000):
+        for i in range(len(spread) - 1):
+            push = max(0.0, gap - (spread[i + 1] - spread[i])) / 2
+            spread[i : i + 2] = spread[i] - push, spread[i + 1] + push
+        lift = max(0.0, -spread[0])
+        spread = [height + lift for height in spread]
+    return [height for _, height in sorted(zip(order, spread, strict=True))]
 
 
 def draw_training(runs: list, theme: str) -> dict[str, bytes]:
