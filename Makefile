@@ -1,6 +1,6 @@
 # make quickstart   set up, train and evaluate the default model on two CPU cores, print one table
-# make reproduce    all nine rows of results/ on two CPU cores, in some hours, and the report of them; what results/ holds
-#                   already is not made again: RESULTS=DIR makes it elsewhere, HUMANEVAL_PLUS=FILE adds stricter tests
+# make reproduce    all nine rows of results/ and the report of them, in some hours on two CPU cores; rows that results/
+#                   holds are not made again: RESULTS=DIR makes them elsewhere; HUMANEVAL_PLUS=FILE adds stricter tests
 # make test         set up and run the tests
 # All can be run again: what is done is not done twice, and an interrupted stage goes on from its last checkpoint.
 

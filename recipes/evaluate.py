@@ -193,7 +193,8 @@ def load_extra_tests(source: str, tasks) -> dict[str, str]:
 
 def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str] | None = None) -> None:
     """
-    Add `verdict`, `passed` and `passed_truncated` to every sample, and `passed_plus` if there are `extra_tests`.
+    Add `verdict`, `passed` and `passed_truncated` to every sample, and with `extra_tests` `passed_plus`: whether it
+    passes both its task's tests and those.
 
     Args:
         samples (`list[dict]`):
@@ -201,7 +202,7 @@ def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str
         tasks ([`~datasets.Dataset`]):
             The tasks that they complete.
         timeout (`float`):
-            Seconds a program may take.
+            Seconds a program may take; four times as many with the stricter tests.
         extra_tests (`dict[str, str]`, *optional*):
             Stricter tests of each task id.
     """
@@ -213,14 +214,19 @@ def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str
 
     strict = [program(sample, sample["completion"]) for sample in samples]
     truncated = [program(sample, truncate_completion(sample["completion"])) for sample in samples]
-    plus = [program(sample, sample["completion"], extra_tests[sample["task_id"]]) for sample in samples if extra_tests]
     with Sandbox(timeout=timeout) as sandbox:
-        verdicts = sandbox.run(strict + truncated + plus)
-    for i, sample in enumerate(samples):
-        verdict, cut, *stricter = verdicts[i :: len(samples)]
+        verdicts = sandbox.run(strict + truncated)
+    for sample, verdict, cut in zip(samples, verdicts, verdicts[len(samples) :], strict=False):
         sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": cut.passed}
-        if extra_tests:
-            sample["passed_plus"] = verdict.passed and stricter[0].passed
+    if not extra_tests:
+        return
+    plus = [program(sample, sample["completion"], extra_tests[sample["task_id"]]) for sample in samples]
+    # Those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
+    with Sandbox(timeout=4 * timeout) as sandbox:
+        wanted = list(dict.fromkeys(one for one, sample in zip(plus, samples, strict=True) if sample["passed"]))
+        right = {one for one, verdict in zip(wanted, sandbox.run(wanted), strict=True) if verdict.passed}
+    for sample, one in zip(samples, plus, strict=True):
+        sample["passed_plus"] = one in right
 
 
 def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict:

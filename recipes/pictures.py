@@ -25,7 +25,7 @@ KINDS = {  # of runs, by how their names begin: marker, colour on light paper, o
     "dpo": ("D", "#b8508c", "#cc79a7"),
     "": ("v", "#9a6a00", "#e69f00"),
 }
-WIDTH = 5.4  # inches; a phone shows a point of text as about a pixel then
+WIDTH = 4.7  # inches; a phone shows a point of text as a pixel or more then
 
 
 def _style(run_name: str, theme: str) -> tuple[str, str]:
@@ -74,7 +74,7 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
         `bytes`: PNG.
     """
     colours = THEMES[theme]
-    figure, (panel,) = _figure(4.7, 1, theme)
+    figure, (panel,) = _figure(4.5, 1, theme)
     theirs = [(tokens, passed / 33) for passed, tokens in published.values()]
     panel.plot(*zip(*theirs, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
     ours = [(max(run.metrics["mean_completion_tokens"], 1), run.metrics["pass_at_1"]) for run in runs]
@@ -88,10 +88,11 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
         panel.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=colours["paper"])
     x_values = [x for x, _ in ours + theirs]
     left, right = min(x_values) / 1.2, max(x_values) * 1.3
-    names_share = min(0.45, 0.017 * max(len(run.name) for run in runs) + 0.02)  # of the width, a character being 0.017
+    names_share = min(0.5, 0.02 * max(len(run.name) for run in runs))  # of the width, a character being 0.02
     panel.set_xscale("log")
     panel.set_xlim(left / (right / left) ** (names_share / (1 - names_share)), right)
-    panel.set_xticks([tokens for tokens in (5, 10, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500) if left <= tokens <= right])
+    ticks = (5, 10, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500)
+    panel.set_xticks([tokens for tokens in ticks if left <= tokens <= right])
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_locator(NullLocator())
     top = max([run.metrics["pass_at_1_interval"][1] for run in runs] + [y for _, y in theirs])
@@ -149,7 +150,7 @@ def draw_training(runs: list, theme: str) -> dict[str, bytes]:
         `dict[str, bytes]`: PNG of each run that has a training log, by its name.
     """
     titles = {"reward": "reward", "completion_tokens": "tokens of a completion", "loss": "loss"}
-    titles["rewards/margins"] = "margin of chosen over rejected"
+    titles["rewards/margins"] = "margin of the pairs"
     series = {}
     for run in runs:
         logged = {key: _series(run.training, key) for key in titles}

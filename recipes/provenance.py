@@ -1,7 +1,7 @@
 """
 Where an evaluation's numbers come from: the commands that make them again, the machine, and the log of the training.
 
-Covered is what the stages leave beside their output: `run.json` with the settings and `trainer_state.json` with the log.
+Covered is what the stages leave beside their output: the settings in `run.json`, the log in `trainer_state.json`.
 Not covered: adapters that were trained elsewhere, of which only the evaluation itself is known.
 """
 

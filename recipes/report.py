@@ -4,7 +4,7 @@ Report: what the evaluated runs did, as one page that a person would read and th
     python recipes/report.py results/
 
 Reads `results/ROW/` as `evaluate.py` writes it, one folder a run: `metrics.json` and `per_task.jsonl` of a greedy
-evaluation, `sampled/` with those of several samples a task if there is one, and `training.jsonl` if there is one. Writes
+evaluation, and where they are there `sampled/`, an evaluation of several samples a task, and `training.jsonl`. Writes
 `results/report.html` and its pictures as `results/pictures/*.png`, light and dark. The page has no script and fetches
 nothing. Completions are hostile text: the template escapes everything, control and direction characters are made
 visible, and the page forbids itself scripts in case of an error here.
@@ -105,7 +105,7 @@ def read_runs(results: Path) -> list[Run]:
         metrics, samples = _read_json(path), _read_lines(folder / "per_task.jsonl")
         if len({sample["task_id"] for sample in samples}) != len(samples):
             raise SystemExit(
-                f"{folder} holds several samples of a task: put them into {folder}/sampled, and a greedy evaluation here"
+                f"{folder} holds several samples of a task: put them into {folder}/sampled, here goes a greedy run"
             )
         sampled, training = folder / "sampled" / "metrics.json", folder / "training.jsonl"
         runs.append(

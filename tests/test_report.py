@@ -15,6 +15,7 @@ import report  # noqa: E402
 from evaluate import summarize  # noqa: E402
 from intervals import bootstrap_interval, mcnemar_p  # noqa: E402
 from pictures import _spread  # noqa: E402
+from provenance import machine  # noqa: E402
 
 
 HOSTILE = '    return 1</code></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"\'{{ 7*7 }}'
@@ -53,9 +54,10 @@ def write_run(folder, completions, passed, **fields):
     ]
     settings = {"dataset_name": "absent.jsonl", "num_generations": 1, "temperature": 0.0, "top_p": 1.0}
     metrics = summarize(samples, len(samples), 1) | {"settings": settings, "versions": {"torch": "2"}, "seconds": 1.0}
+    metrics |= {"machine": machine(), "commands": ["python <b>.py"]}
     folder.mkdir(parents=True)
     (folder / "per_task.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    (folder / "metrics.json").write_text(json.dumps(metrics | {"commands": ["python <b>.py"]}))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
 class Page(HTMLParser):
