@@ -124,6 +124,7 @@ def test_optional_files_may_be_missing(tmp_path):
     _, page = make_report(tmp_path)
     assert "62.5" in page.text and "10 samples a task at temperature 0.2" in page.text
     assert "sft with 2 seeds: 2, 3 passed" in page.text.replace("\n", " ")
+    assert "Its training took 3 s from its last start." in page.text
     assert "dots a greedy evaluation during training" in page.text
     assert {"training_sft_dark.png", "training_odd_light.png"} <= {p.name for p in (tmp_path / "pictures").iterdir()}
 

@@ -41,10 +41,10 @@ def disagreements(results):
             )
             rows.append((f"{name} {sample['task_id']}", sample, strict, cut))
 
-    # Runs write the same program again and again, and one that took 5 s in vain will not be done after 1 s either:
-    # only what would disagree gets the time that it had
+    # Runs write the same program again and again, and one that took 5 s in vain will not be done after half a second
+    # either: only what would disagree gets the time that it had
     programs = list(dict.fromkeys(program for *_, strict, cut in rows for program in (strict, cut)))
-    with Sandbox(timeout=1) as sandbox:
+    with Sandbox(timeout=0.5) as sandbox:
         verdicts = dict(zip(programs, sandbox.run(programs), strict=True))
     wanted = {strict for _, sample, strict, _ in rows if sample["verdict"] != "timeout"}
     wanted |= {cut for _, sample, _, cut in rows if sample["passed_truncated"]}
