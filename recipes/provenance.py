@@ -62,7 +62,8 @@ def training_commands(folder: str | None) -> list[str]:
     fields = {name: value for name, value in settings.items() if name != "adapter_sha256" and value is not None}
     command = ["python", f"recipes/{run['stage']}.py"]
     for name, value in fields.items():
-        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        command += [f"--{name}", *map(str, values or ["none"])]  # `report_to: none` is an empty list in its settings
     return list(dict.fromkeys([*before, shlex.join(command)]))
 
 

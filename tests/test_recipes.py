@@ -25,6 +25,7 @@ from evaluate import EvaluateArguments, load_extra_tests, print_table, summarize
 from intervals import wilson_interval  # noqa: E402
 from policy_gradient import RLArguments  # noqa: E402
 from preferences import PreferencesArguments  # noqa: E402
+from provenance import training_commands  # noqa: E402
 from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 
@@ -112,10 +113,6 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     (*trained, evaluated) = metrics["commands"]
     assert evaluated.startswith("python recipes/evaluate.py --config") and "--extra_tests tasks.jsonl" in evaluated
     assert [command.split()[1] for command in trained] == ["recipes/sft.py", "recipes/reinforce.py"]
-    for command in trained:  # they say the whole run: parsed, they are its settings again
-        stage = Path(command.split()[1]).stem
-        *_, settings = parse_settings(*STAGES[stage], argv=shlex.split(command)[2:])
-        assert settings == json.loads((tmp_path / stage / "run.json").read_text())["settings"]
     log = [json.loads(line) for line in (tmp_path / "results/reinforce/training.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 1] and log[0]["eval_completion_tokens"] == 8
     assert "train_runtime" in log[1] and not (tmp_path / "results/base/training.jsonl").exists()
@@ -174,6 +171,23 @@ def test_accelerate_reads_every_config(path):
 def test_every_recipe_parses(path):
     *_, settings = parse_settings(*STAGES[path.stem.split("_")[0]], argv=["--config", str(path)])
     assert set(settings) == set(yaml.safe_load(path.read_text()))
+
+
+def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chains = {}
+    for path in sorted((ROOT / "recipes" / "qwen2.5-coder-0.5b").glob("*.yaml")):
+        types = STAGES[path.stem.split("_")[0]]
+        *_, settings = parse_settings(*types, argv=["--config", str(path)])
+        output_dir = f"runs/qwen2.5-coder-0.5b/{path.stem}"
+        RunDirectory(output_dir, path.stem.split("_")[0], settings).start()
+        chains[path.stem] = (output_dir, types, settings)
+    for output_dir, types, settings in chains.values():
+        *_, again = parse_settings(*types, argv=shlex.split(training_commands(output_dir)[-1])[2:])
+        assert again == settings
+    scripts = [command.split()[1] for command in training_commands(chains["dpo"][0])]
+    assert scripts == ["recipes/sft.py", "recipes/preferences.py", "recipes/dpo.py"]
+    assert training_commands("elsewhere") == training_commands(None) == []
 
 
 def test_deepseek_recipes_hold_the_published_values():
