@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from common import RunDirectory, TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
 from default_model import DEFAULT_MODEL  # noqa: E402
 from dpo import PairArguments  # noqa: E402
-from evaluate import EvaluateArguments, load_extra_tests, print_table, summarize  # noqa: E402
+from evaluate import EvaluateArguments, grade, load_extra_tests, print_table, summarize  # noqa: E402
 from intervals import wilson_interval  # noqa: E402
 from policy_gradient import RLArguments  # noqa: E402
 from preferences import PreferencesArguments  # noqa: E402
@@ -293,6 +293,17 @@ def test_bad_extra_tests_are_refused(tmp_path):
         load_extra_tests(str(path), [{**TASKS[0], "entry_point": "plus"}])
     with pytest.raises(SystemExit, match="extra_tests: there is no task file 'absent.jsonl'"):
         load_extra_tests("absent.jsonl", TASKS)
+
+
+def test_plus_is_both_the_tasks_tests_and_the_stricter_ones():
+    completions = ["    return x + 1\n", "    return 2\n", "    return -x\n", "    return x + 1\nprint(undefined)\n"]
+    samples = [{"task_id": "add/1", "completion": text} for text in completions]
+    # The third passes these and not the task's own
+    stricter = {"add/1": "def check(candidate):\n    assert candidate(5) in (6, -5)\n"}
+    grade(samples, TASKS, 5.0, stricter)
+    assert [sample["passed"] for sample in samples] == [True, True, False, False]
+    assert [sample["passed_truncated"] for sample in samples] == [True, True, False, True]
+    assert [sample["passed_plus"] for sample in samples] == [True, False, False, False]
 
 
 def test_output_directory_belongs_to_one_run(tmp_path):
