@@ -77,14 +77,12 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     figure, (panel,) = _figure(4.5, 1, theme)
     theirs = [(tokens, passed / 33) for passed, tokens in published.values()]
     panel.plot(*zip(*theirs, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
-    ours = [(max(run.metrics["mean_completion_tokens"], 1), run.metrics["pass_at_1"]) for run in runs]
+    ours = [(run.metrics["mean_completion_tokens"], run.metrics["pass_at_1"]) for run in runs]
     for run, (x, y) in zip(runs, ours, strict=True):
         marker, colour = _style(run.name, theme)
-        for bounds, bar in (("pass_at_1_interval", "yerr"), ("mean_completion_tokens_interval", "xerr")):
-            value = y if bar == "yerr" else x
-            low, high = run.metrics[bounds]
-            error = [[max(value - low, 0)], [max(high - value, 0)]]
-            panel.errorbar(x, y, **{bar: error}, color=colour, alpha=0.25, linewidth=1.2)
+        faint = {"color": colour, "alpha": 0.25, "linewidth": 1.2}
+        panel.plot([x, x], run.metrics["pass_at_1_interval"], **faint)
+        panel.plot(run.metrics["mean_completion_tokens_interval"], [y, y], **faint)
         panel.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=colours["paper"])
     x_values = [x for x, _ in ours + theirs]
     left, right = min(x_values) / 1.2, max(x_values) * 1.3
