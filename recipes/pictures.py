@@ -89,7 +89,7 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     names_share = min(0.5, 0.02 * max(len(run.name) for run in runs))  # of the width, a character being 0.02
     panel.set_xscale("log")
     panel.set_xlim(left / (right / left) ** (names_share / (1 - names_share)), right)
-    ticks = (5, 10, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500)
+    ticks = (5, 10, 20, 30, 50, 70, 100, 200, 300, 500)
     panel.set_xticks([tokens for tokens in ticks if left <= tokens <= right])
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_locator(NullLocator())
