@@ -98,7 +98,7 @@ def _refuse_unknown(names: list[str], valid: set[str], where: str) -> None:
             raise SystemExit(f"{where}: unknown field {name!r}{hint}")
 
 
-def load_stage_tasks(dataset_name: str, split: str) -> Dataset:
+def load_stage_tasks(dataset_name: str, split: str, setting: str = "dataset_name") -> Dataset:
     """
     The tasks of a stage.
 
@@ -107,6 +107,8 @@ def load_stage_tasks(dataset_name: str, split: str) -> Dataset:
             What [`~rewards.load_tasks`] reads.
         split (`str`):
             The split.
+        setting (`str`, *optional*, defaults to `"dataset_name"`):
+            Its name in an error.
 
     Returns:
         [`~datasets.Dataset`]: The tasks.
@@ -117,7 +119,7 @@ def load_stage_tasks(dataset_name: str, split: str) -> Dataset:
     try:
         return load_tasks(dataset_name, split)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"dataset_name: {error}") from error
+        raise SystemExit(f"{setting}: {error}") from error
 
 
 def model_path(model_name_or_path: str | None) -> str:

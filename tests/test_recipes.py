@@ -1,6 +1,7 @@
 """The stages as a user launches them, on a tiny model and three tasks; and bad input, refused before weights load."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from common import RunDirectory, TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
 from default_model import DEFAULT_MODEL  # noqa: E402
 from dpo import PairArguments  # noqa: E402
-from evaluate import EvaluateArguments, print_table, summarize, wilson_interval  # noqa: E402
+from evaluate import EvaluateArguments, grade, load_extra_tests, print_table, summarize  # noqa: E402
+from intervals import wilson_interval  # noqa: E402
 from policy_gradient import RLArguments  # noqa: E402
 from preferences import PreferencesArguments  # noqa: E402
+from provenance import training_commands  # noqa: E402
 from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 
@@ -90,20 +93,33 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
         assert (tmp_path / stage / "adapter_model.safetensors").is_file()
 
     evaluate = recipe("evaluate", dtype="float32", dataset_test_split="train", max_completion_length=8, seed=1)
-    results = {"base": str(tiny_folder), "sft": str(tmp_path / "sft")}
+    results = {"base": str(tiny_folder), "reinforce": str(tmp_path / "reinforce")}
     for name, model in results.items():
-        status, output = launch("evaluate", evaluate, model_name_or_path=model, output_dir=tmp_path / "results" / name)
+        status, output = launch(
+            "evaluate",
+            evaluate,
+            model_name_or_path=model,
+            extra_tests=tasks,
+            output_dir=tmp_path / "results" / name,
+        )
         assert status == 0, output
         metrics = json.loads((tmp_path / "results" / name / "metrics.json").read_text())
         assert metrics["num_tasks"] == 3 and metrics["num_passed"] == 0 and metrics["model"] == model
         rows = [json.loads(line) for line in (tmp_path / "results" / name / "per_task.jsonl").read_text().splitlines()]
         assert [row["task_id"] for row in rows] == ["add/0", "add/1", "add/2"]
-        fields = ["task_id", "completion", "completion_tokens", "verdict", "passed", "passed_truncated"]
+        fields = ["task_id", "completion", "completion_tokens", "verdict", "passed", "passed_truncated", "passed_plus"]
         assert all(list(row) == fields for row in rows)
+        assert metrics["machine"]["cores"] >= 1 and metrics["machine"]["memory_gb"] > 0
+    (*trained, evaluated) = metrics["commands"]
+    assert evaluated.startswith("python recipes/evaluate.py --config") and "--extra_tests tasks.jsonl" in evaluated
+    assert [command.split()[1] for command in trained] == ["recipes/sft.py", "recipes/reinforce.py"]
+    log = [json.loads(line) for line in (tmp_path / "results/reinforce/training.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 1] and log[0]["eval_completion_tokens"] == 8
+    assert "train_runtime" in log[1] and not (tmp_path / "results/base/training.jsonl").exists()
     capsys.readouterr()
     print_table([str(tmp_path / "results" / name) for name in results])
     table = capsys.readouterr().out
-    assert "| base |    0/3 |" in table and "| sft  |    0/3 |" in table
+    assert "| base      |    0/3 |" in table and "| reinforce |    0/3 |" in table and "| plus |" in table
 
 
 def test_qlora_sft_trains_an_fp32_adapter(tmp_path, tiny_folder):
@@ -157,6 +173,23 @@ def test_every_recipe_parses(path):
     assert set(settings) == set(yaml.safe_load(path.read_text()))
 
 
+def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chains = {}
+    for path in sorted((ROOT / "recipes" / "qwen2.5-coder-0.5b").glob("*.yaml")):
+        types = STAGES[path.stem.split("_")[0]]
+        *_, settings = parse_settings(*types, argv=["--config", str(path)])
+        output_dir = f"runs/qwen2.5-coder-0.5b/{path.stem}"
+        RunDirectory(output_dir, path.stem.split("_")[0], settings).start()
+        chains[path.stem] = (output_dir, types, settings)
+    for output_dir, types, settings in chains.values():
+        *_, again = parse_settings(*types, argv=shlex.split(training_commands(output_dir)[-1])[2:])
+        assert again == settings
+    scripts = [command.split()[1] for command in training_commands(chains["dpo"][0])]
+    assert scripts == ["recipes/sft.py", "recipes/preferences.py", "recipes/dpo.py"]
+    assert training_commands("elsewhere") == training_commands(None) == []
+
+
 def test_deepseek_recipes_hold_the_published_values():
     folder = ROOT / "recipes" / "deepseek-coder-1.3b"
 
@@ -184,6 +217,20 @@ def test_deepseek_recipes_hold_the_published_values():
         _, args, _ = parsed("dpo" if loss_type == "sigmoid" else f"dpo_{loss_type}")
         assert (args.loss_type, args.beta, args.learning_rate) == ([loss_type], 0.05, 2e-6)
         assert (args.num_train_epochs, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 2, 1)
+
+
+def test_small_recipes_have_the_rows_of_the_published_table():
+    folder = ROOT / "recipes" / "qwen2.5-coder-0.5b"
+    for published in (ROOT / "recipes" / "deepseek-coder-1.3b").glob("*_alpha*.yaml"):
+        types = STAGES[published.stem.split("_")[0]]
+        theirs, their_args, *_ = parse_settings(*types, argv=["--config", str(published)])
+        ours, args, *_ = parse_settings(*types, argv=["--config", str(folder / published.name)])
+        assert ours.length_penalty == theirs.length_penalty
+        assert args.output_dir == f"runs/qwen2.5-coder-0.5b/{published.stem}"
+        if published.stem.startswith("ppo"):
+            # As many tasks a rollout; ours completes each four times
+            assert args.generation_batch_size == 4 * their_args.generation_batch_size and args.num_generations == 4
+            assert (args.num_iterations, args.epsilon) == (their_args.num_iterations, their_args.epsilon)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +283,29 @@ def test_bad_policies_are_refused(tmp_path, tiny_folder):
         check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
 
 
+def test_bad_extra_tests_are_refused(tmp_path):
+    path = tmp_path / "plus.jsonl"
+    path.write_text("".join(json.dumps(task) + "\n" for task in TASKS[:2]))
+    assert load_extra_tests(str(path), TASKS[:2]) == {task["task_id"]: task["test"] for task in TASKS[:2]}
+    with pytest.raises(SystemExit, match="extra_tests: .*plus.jsonl has no tests of add/2: every evaluated task"):
+        load_extra_tests(str(path), TASKS)
+    with pytest.raises(SystemExit, match="plus.jsonl: add/0 tests the function 'add', and the task's is 'plus'"):
+        load_extra_tests(str(path), [{**TASKS[0], "entry_point": "plus"}])
+    with pytest.raises(SystemExit, match="extra_tests: there is no task file 'absent.jsonl'"):
+        load_extra_tests("absent.jsonl", TASKS)
+
+
+def test_plus_is_both_the_tasks_tests_and_the_stricter_ones():
+    completions = ["    return x + 1\n", "    return 2\n", "    return -x\n", "    return x + 1\nprint(undefined)\n"]
+    samples = [{"task_id": "add/1", "completion": text} for text in completions]
+    # The third passes these and not the task's own
+    stricter = {"add/1": "def check(candidate):\n    assert candidate(5) in (6, -5)\n"}
+    grade(samples, TASKS, 5.0, stricter)
+    assert [sample["passed"] for sample in samples] == [True, True, False, False]
+    assert [sample["passed_truncated"] for sample in samples] == [True, True, False, True]
+    assert [sample["passed_plus"] for sample in samples] == [True, False, False, False]
+
+
 def test_output_directory_belongs_to_one_run(tmp_path):
     path = tmp_path / "run"
     run = RunDirectory(str(path), "sft", {"seed": 1})
@@ -267,13 +337,18 @@ def test_summary_has_the_unbiased_estimates():
         "num_tasks": 2,
         "num_passed": 0.5,
         "pass_at_1": 0.25,
-        "pass_at_1_interval": wilson_interval(0.25, 2),
+        "pass_at_1_interval": [0.0, 0.5],  # of two tasks, one at 1/2 and one at 0, drawn again
         "truncated_pass_at_1": 1.0,
-        "truncated_pass_at_1_interval": wilson_interval(1.0, 2),
+        "truncated_pass_at_1_interval": [1.0, 1.0],
+        "interval_method": "percentile bootstrap over tasks, 10000 resamples",
         "pass_at_k": {"1": 0.25, "2": 0.5},
         "mean_completion_tokens": 30,
+        "mean_completion_tokens_interval": [15.0, 45.0],
         "median_completion_tokens": 25,
         "verdicts": {"failed": 3, "passed": 1},
     }
+    of_four = summarize([sample | {"passed_plus": False} for sample in samples], 4, 1)
+    assert of_four["interval_method"] == "Wilson" and of_four["pass_at_1_interval"] == wilson_interval(0.25, 4)
+    assert (of_four["plus_pass_at_1"], of_four["plus_pass_at_1_interval"]) == (0.0, wilson_interval(0.0, 4))
     # Wilson's interval of 16 in 33, to three places
     assert wilson_interval(16 / 33, 33) == pytest.approx([0.325, 0.648], abs=5e-4)

@@ -1,0 +1,74 @@
+"""
+How sure a number of few tasks is: confidence intervals of a rate and of a mean, and whether two runs differ.
+
+Not covered: corrections for many comparisons. Who looks at all pairs of nine runs, 36 of them, should expect one or two
+below 0.05 where nothing differs.
+"""
+
+from math import comb, sqrt
+
+import numpy as np
+
+
+def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
+    """
+    The 95% confidence interval of a rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    Right for one sample a task. The samples of one task are no independent trials: see [`bootstrap_interval`].
+
+    Args:
+        rate (`float`):
+            Observed share of successes.
+        n (`int`):
+            Number of trials.
+        z (`float`, *optional*, defaults to `1.959964`):
+            Quantile of the normal distribution.
+
+    Returns:
+        `list[float]`: Lower and upper bound.
+    """
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, center - half), min(1.0, center + half)]
+
+
+def bootstrap_interval(values: list[float], num_resamples: int = 10_000, seed: int = 0) -> list[float]:
+    """
+    The 95% confidence interval of a mean over tasks: the percentile bootstrap (Efron 1979,
+    https://doi.org/10.1214/aos/1176344552), which draws the tasks again, with all that belongs to each of them.
+
+    Where all values are equal it has no width, so it says nothing about a run that passes no task or every one.
+
+    Args:
+        values (`list[float]`):
+            One number a task, such as the share of its samples that pass.
+        num_resamples (`int`, *optional*, defaults to `10_000`):
+            How often as many tasks are drawn with replacement.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `list[float]`: Lower and upper bound.
+    """
+    values = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(num_resamples, len(values)))
+    return np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]).tolist()
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """
+    The exact p value of McNemar's test (1947, https://doi.org/10.1007/BF02295996): how often two runs that are equally
+    good would differ at least as much on the tasks that only one of them passes.
+
+    Args:
+        only_first (`int`):
+            Number of tasks that the first run passes and the second does not.
+        only_second (`int`):
+            Number of tasks that the second run passes and the first does not.
+
+    Returns:
+        `float`: Two-sided p value, `min(1, 2 P[X <= min(b, c)])` with X binomial of b + c fair coins; 1 without any.
+    """
+    n = only_first + only_second
+    tail = sum(comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -1,0 +1,89 @@
+"""
+Where an evaluation's numbers come from: the commands that make them again, the machine, and the log of the training.
+
+Covered is what the stages leave beside their output: the settings in `run.json`, the log in `trainer_state.json`.
+Not covered: adapters that were trained elsewhere, of which only the evaluation itself is known.
+"""
+
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+
+import torch
+
+
+# What a report needs of a trainer's log; `eval_` before a name is the same, of the evaluation during training
+LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "clip_ratio/region_mean")
+LOGGED += ("rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
+LOGGED += ("step_time", "train_runtime")
+
+
+def training_log(adapter: str) -> list[dict]:
+    """
+    The log of the training that an adapter comes from.
+
+    Args:
+        adapter (`str`):
+            Directory of the adapter.
+
+    Returns:
+        `list[dict]`: For each entry that the trainer logged its `step` and those of [`LOGGED`] that it holds, to six
+        digits; empty if the directory has no `trainer_state.json`.
+    """
+    path = Path(adapter) / "trainer_state.json"
+    if not path.is_file():
+        return []
+    names = [*LOGGED, *(f"eval_{name}" for name in LOGGED)]
+    return [
+        {"step": entry["step"]} | {name: float(f"{entry[name]:.6g}") for name in names if name in entry}
+        for entry in json.loads(path.read_text())["log_history"]
+    ]
+
+
+def training_commands(folder: str | None) -> list[str]:
+    """
+    The commands that make a stage's output again, those of the stages it builds on first.
+
+    Args:
+        folder (`str`, *optional*):
+            The output directory of a stage.
+
+    Returns:
+        `list[str]`: One command a stage, every field that was set written out; empty where no `run.json` tells.
+    """
+    path = Path(folder or "") / "run.json"
+    if folder is None or not path.is_file():
+        return []
+    run = json.loads(path.read_text())
+    settings = run["settings"]
+    before = [*training_commands(settings.get("adapter_name_or_path")), *training_commands(settings.get("preferences"))]
+    fields = {name: value for name, value in settings.items() if name != "adapter_sha256" and value is not None}
+    command = ["python", f"recipes/{run['stage']}.py"]
+    for name, value in fields.items():
+        values = value if isinstance(value, list) else [value]
+        command += [f"--{name}", *map(str, values or ["none"])]  # `report_to: none` is an empty list in its settings
+    return list(dict.fromkeys([*before, shlex.join(command)]))
+
+
+def machine() -> dict:
+    """
+    What this process runs on.
+
+    Returns:
+        `dict`: `cpu` (the model's name), `cores` (those that may be used), `memory_gb` (10^9 bytes) and `gpu` (names,
+        `None` without one).
+    """
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or None,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,373 @@
+"""
+Report: what the evaluated runs did, as one page that a person would read and that needs nothing but itself.
+
+    python recipes/report.py results/
+
+Reads `results/ROW/` as `evaluate.py` writes it, one folder a run: `metrics.json` and `per_task.jsonl` of a greedy
+evaluation, and where they are there `sampled/`, an evaluation of several samples a task, and `training.jsonl`. Writes
+`results/report.html` and its pictures as `results/pictures/*.png`, light and dark. The page has no script and fetches
+nothing. Completions are hostile text: the template escapes everything, control and direction characters are made
+visible, and the page forbids itself scripts in case of an error here.
+
+Not covered: the texts of the sampled completions, which stay in `sampled/per_task.jsonl`.
+"""
+
+import base64
+import difflib
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+from common import write_whole
+from intervals import mcnemar_p
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pictures import draw_plane, draw_training
+from rewards import load_tasks
+
+
+# The published table: tasks passed of the same 33, mean tokens; its base is another, larger one
+PUBLISHED_BASE = "DeepSeek-Coder-1.3B"
+PUBLISHED = {
+    "base": (5, 177.3),
+    "sft": (12, 136.3),
+    "reinforce_alpha0.01": (16, 107.5),
+    "reinforce_alpha0.03": (14, 136.2),
+    "ppo_alpha0.01_bs4": (15, 89.6),
+    "ppo_alpha0.03_bs4": (14, 66.3),
+    "ppo_alpha0.01_bs8": (13, 80.3),
+    "ppo_alpha0.03_bs8": (15, 92.9),
+    "dpo": (15, 125.8),
+}
+OUTCOMES = {  # of a completion: its mark in the grid and what it says
+    "passed": ("✓", "passed"),
+    "truncated": ("◐", "passes only when cut where the function ends"),
+    "failed": ("✗", "a test failed"),
+    "error": ("!", "error: does not load, raises, or returns what tests cannot compare"),
+    "timeout": ("T", "timeout"),
+    "out_of_memory": ("M", "out of memory"),
+    "crashed": ("C", "its process died"),
+}
+# Control characters, and those that reorder text so that it reads as other code than it is
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+@dataclass
+class Run:
+    """
+    One row: an evaluated policy.
+
+    Args:
+        name (`str`):
+            The folder's name.
+        metrics (`dict`):
+            Its `metrics.json`.
+        samples (`dict[str, dict]`):
+            Its graded completion of each task id.
+        sampled (`dict`, *optional*):
+            `metrics.json` of several samples a task.
+        training (`list[dict]`):
+            The log of its training.
+    """
+
+    name: str
+    metrics: dict
+    samples: dict[str, dict]
+    sampled: dict | None = None
+    training: list[dict] = field(default_factory=list)
+
+    @property
+    def passed(self) -> int:
+        """Number of tasks passed, strictly."""
+        return sum(sample["passed"] for sample in self.samples.values())
+
+
+def read_runs(results: Path) -> list[Run]:
+    """
+    The runs of a results folder, in the order of the published table, others after those, seeds after their run.
+
+    Args:
+        results (`Path`):
+            The folder.
+
+    Returns:
+        `list[Run]`
+
+    Raises:
+        SystemExit: There is no run, a file is missing or not what `evaluate.py` writes, or a run is not greedy.
+    """
+    runs = []
+    for path in sorted(results.glob("*/metrics.json")):
+        folder = path.parent
+        metrics, samples = _read_json(path), _read_lines(folder / "per_task.jsonl")
+        if len({sample["task_id"] for sample in samples}) != len(samples):
+            raise SystemExit(
+                f"{folder} holds several samples of a task: put them into {folder}/sampled, here goes a greedy run"
+            )
+        sampled, training = folder / "sampled" / "metrics.json", folder / "training.jsonl"
+        runs.append(
+            Run(
+                folder.name,
+                metrics,
+                {sample["task_id"]: sample for sample in samples},
+                _read_json(sampled) if sampled.is_file() else None,
+                _read_lines(training) if training.is_file() else [],
+            )
+        )
+    if not runs:
+        raise SystemExit(f"{results} holds no evaluated run (no ROW/metrics.json): write them with recipes/evaluate.py")
+    known = list(PUBLISHED)
+
+    def place(run):
+        parent = seed_of(run.name)[0]
+        return known.index(parent) if parent in known else len(known), run.name
+
+    return sorted(runs, key=place)
+
+
+def seed_of(name: str) -> tuple[str, str | None]:
+    """
+    What a run's name says of its seed.
+
+    Args:
+        name (`str`):
+            Such as `"sft_seed43"`.
+
+    Returns:
+        `tuple[str, str | None]`: The run that it repeats, and the seed: `("sft", "43")`.
+    """
+    parent, found, seed = name.rpartition("_seed")
+    return (parent, seed) if found and seed.isdigit() else (name, None)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None
+
+
+def _read_lines(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None
+
+
+def compare_pairs(runs: list[Run]) -> dict[tuple[str, str], dict]:
+    """
+    Every two runs on the tasks that both were evaluated on.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+
+    Returns:
+        `dict`: For each pair of names `only_first` and `only_second`, the numbers of tasks that only one of them
+        passes, and `p` ([`~intervals.mcnemar_p`]).
+    """
+    pairs = {}
+    for first, second in combinations(runs, 2):
+        both = first.samples.keys() & second.samples.keys()
+        passed = [(first.samples[task]["passed"], second.samples[task]["passed"]) for task in both]
+        only_first, only_second = passed.count((True, False)), passed.count((False, True))
+        pairs[first.name, second.name] = {
+            "only_first": only_first,
+            "only_second": only_second,
+            "p": mcnemar_p(only_first, only_second),
+        }
+    return pairs
+
+
+def outcome(sample: dict) -> str:
+    """
+    What the grid shows of a completion.
+
+    Args:
+        sample (`dict`):
+            A line of `per_task.jsonl`.
+
+    Returns:
+        `str`: A key of [`OUTCOMES`].
+    """
+    return "truncated" if sample["passed_truncated"] and not sample["passed"] else sample["verdict"]
+
+
+def visible(text: str) -> str:
+    """
+    A hostile text with what a page would hide written out.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `str`: Control, direction and zero-width characters and lone surrogates as `\\x1b` or `\\u202e`.
+    """
+    return _INVISIBLE.sub(lambda c: f"\\x{ord(c[0]):02x}" if ord(c[0]) < 256 else f"\\u{ord(c[0]):04x}", text)
+
+
+def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
+    """
+    What changed from one completion to another.
+
+    Args:
+        old (`str`):
+            The one.
+        new (`str`):
+            The other.
+
+    Returns:
+        `list[tuple[str, str]]`: Lines of a unified diff without its two header lines, each after its kind: `"add"`,
+        `"del"`, `"hunk"` or `"same"`. Empty if the texts are equal.
+    """
+    kinds = {"+": "add", "-": "del", "@": "hunk"}
+    lines = list(difflib.unified_diff(old.split("\n"), new.split("\n"), lineterm=""))[2:]
+    return [(kinds.get(line[:1], "same"), line) for line in lines]
+
+
+def read_prompts(runs: list[Run]) -> dict[str, str]:
+    """
+    The prompts that the completions continue.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+
+    Returns:
+        `dict[str, str]`: Prompt of each task id; without those of task files that are no longer where they were.
+    """
+    prompts = {}
+    for source in {run.metrics["settings"]["dataset_name"] for run in runs}:
+        try:
+            tasks = load_tasks(source, "all")
+        except (ValueError, OSError) as error:
+            print(f"{source}: no prompts in the report ({error})", file=sys.stderr)
+            continue
+        prompts |= dict(zip(tasks["task_id"], tasks["prompt"], strict=True))
+    return prompts
+
+
+def repeated_seeds(runs: list[Run]) -> list[dict]:
+    """
+    How much a run's numbers vary from seed to seed.
+
+    Args:
+        runs (`list[Run]`):
+            The runs, `sft_seed43` being a repetition of `sft`.
+
+    Returns:
+        `list[dict]`: Of each run with repetitions its `name`, the tasks `passed` and mean `tokens` of each seed.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(seed_of(run.name)[0], []).append(run)
+    return [
+        {
+            "name": name,
+            "passed": [run.passed for run in group],
+            "mean_passed": mean(run.passed for run in group),
+            "tokens": [run.metrics["mean_completion_tokens"] for run in group],
+        }
+        for name, group in groups.items()
+        if len(group) > 1
+    ]
+
+
+def draw_pictures(runs: list[Run], folder: Path) -> dict[str, tuple[str, str]]:
+    """
+    Draw all pictures, each light and dark.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+        folder (`Path`):
+            Where the PNGs go.
+
+    Returns:
+        `dict[str, tuple[str, str]]`: Data URIs of the light and the dark picture: `"plane"`, and the runs' names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for theme in ("light", "dark"):
+        drawn = {"plane": draw_plane(runs, PUBLISHED, PUBLISHED_BASE, theme)} | draw_training(runs, theme)
+        for name, png in drawn.items():
+            stem = "length_accuracy" if name == "plane" else f"training_{name}"
+            (folder / f"{stem}_{theme}.png").write_bytes(png)
+            uri = "data:image/png;base64," + base64.b64encode(png).decode()
+            pictures[name] = (*pictures.get(name, ()), uri)
+    return pictures
+
+
+def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
+    """
+    The page.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+        pictures (`dict[str, tuple[str, str]]`):
+            As [`draw_pictures`] returns them.
+
+    Returns:
+        `str`: HTML.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # every text that is put in
+    )
+    pairs = compare_pairs(runs)
+    task_ids = sorted({task for run in runs for task in run.samples}, key=_by_number)
+    outcomes = {run.name: {task: outcome(sample) for task, sample in run.samples.items()} for run in runs}
+    return environment.get_template("report.html").render(
+        runs=runs,
+        task_ids=task_ids,
+        prompts=read_prompts(runs),
+        outcomes=outcomes,
+        seen_outcomes={kind: OUTCOMES[kind] for kind in OUTCOMES if any(kind in o.values() for o in outcomes.values())},
+        OUTCOMES=OUTCOMES,
+        sft=next((run for run in runs if run.name == "sft"), None),
+        pairs=pairs,
+        num_significant=sum(pair["p"] < 0.05 for pair in pairs.values()),
+        seeds=repeated_seeds(runs),
+        published=PUBLISHED,
+        published_base=PUBLISHED_BASE,
+        pictures=pictures,
+        has_plus=any("plus_pass_at_1" in run.metrics for run in runs),
+        has_sampled=any(run.sampled for run in runs),
+        has_eval=any("eval_reward" in entry for run in runs for entry in run.training),
+        sampling="; ".join(dict.fromkeys(_sampling(run.sampled["settings"]) for run in runs if run.sampled)),
+        unified_diff=unified_diff,
+        p_value=lambda p: "1" if p == 1 else f"{p:.2g}" if p >= 0.001 else "<0.001",
+    )
+
+
+def _sampling(settings: dict) -> str:
+    top_p = f", top_p {settings['top_p']}" if settings["top_p"] < 1 else ""
+    return f"{settings['num_generations']} samples a task at temperature {settings['temperature']}{top_p}"
+
+
+def _by_number(task_id: str) -> tuple[str, int]:
+    name, number = re.fullmatch(r"(.*?)(\d*)", task_id, re.DOTALL).groups()
+    return name, int(number or 0)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise SystemExit("usage: python recipes/report.py RESULTS_FOLDER")
+    results = Path(argv[0])
+    runs = read_runs(results)
+    pictures = draw_pictures(runs, results / "pictures")
+    write_whole(results / "report.html", render_page(runs, pictures))
+    print(f"{results / 'report.html'}: {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
