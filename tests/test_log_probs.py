@@ -35,10 +35,15 @@ def adapter_gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch):
+@pytest.mark.parametrize("num_positions, num_tokens", [(512, 4096), (7, 100)])
+def test_log_probs_entropy_and_gradients_equal_a_plain_forward(
+    tiny_model, batch, monkeypatch, num_positions, num_tokens
+):
+    monkeypatch.setattr("trainers.log_probs.NUM_POSITIONS", num_positions)
+    monkeypatch.setattr("trainers.log_probs.NUM_TOKENS", num_tokens)
     weights = torch.linspace(-1, 1, 8)  # a different weight a row, as advantages are
     model = with_adapter(tiny_model)
-    expected_log_probs, expected_entropy, expected_mean_logits = (torch.zeros(8, 10) for _ in range(3))
+    expected_log_probs, expected_entropy, expected_mean_logits, expected_top1 = (torch.zeros(8, 10) for _ in range(4))
     for row in range(8):
         keep = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][keep], batch["labels"][row][keep]
@@ -50,6 +55,7 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch
         at = (batch["labels"][row][1:] != -100).nonzero()[:, 0]
         expected_log_probs[row, at] = log_probs.detach()
         expected_mean_logits[row, at] = logits.mean(-1)[scored].detach()
+        expected_top1[row, at] = (logits.argmax(-1) == labels[1:])[scored].float()
         expected_entropy[row, at] = -(log_softmax.exp() * log_softmax).sum(-1)[scored].detach()
     expected_gradients = adapter_gradients(model)
 
@@ -62,6 +68,7 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(tiny_model, batch
     torch.testing.assert_close(output.log_probs, expected_log_probs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.entropy, expected_entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.mean_logits, expected_mean_logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(output.is_top1.float(), expected_top1)
     assert (adapter_gradients(model) - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
     assert torch.equal(output.label_mask, batch["labels"][:, 1:] != -100)
 

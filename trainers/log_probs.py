@@ -3,8 +3,8 @@ Log-probabilities of completions on a CPU: TRL's fused LM head, and no token com
 
 The batch is run as one packed row: no padding, and a prompt that several completions share stands in it once. Only
 completion tokens are scored (TRL's head goes over every position outside of Triton devices), and the gradient is taken
-while the probabilities are at hand, not from logits computed again. Covered: frozen LM heads (LoRA), models with full
-attention and plain logits, no gradient checkpointing. Everything else keeps TRL's way.
+while the probabilities are at hand, not from logits computed again, in tiles that a cache holds. Covered: frozen LM
+heads (LoRA), models with full attention and plain logits, no gradient checkpointing. Everything else keeps TRL's way.
 """
 
 import functools
@@ -20,8 +20,9 @@ from .adapters import base_model
 from .rollout import has_plain_lm_head
 
 
-# Positions whose logits exist at one time: 128 x 151,936 fp32 logits are 78 MB
-CHUNK_SIZE = 128
+# Positions and tokens whose logits exist at one time: 512 x 4,096 fp32 logits are 8 MB, which a cache holds
+NUM_POSITIONS = 512
+NUM_TOKENS = 4096
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
@@ -31,34 +32,58 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
 
     The gradient of each position's log-probability is one vector,
     \\( \partial \log p_y / \partial h = (w_y - \sum_v p_v w_v) / \tau \\), so it is computed in the forward and only
-    scaled in the backward: nothing of the vocabulary's size is kept or computed again.
+    scaled in the backward: nothing of the vocabulary's size is kept or computed again. The vocabulary is gone through
+    in tiles with a running maximum (Milakov and Gimelshein 2018, https://huggingface.co/papers/1805.02867, alg. 3).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        log_probs, entropies, mean_logits, is_top1, gradients = [], [], [], [], []
         hidden = hidden.to(weight.dtype)
-        for states, labels in zip(hidden.split(CHUNK_SIZE), targets.split(CHUNK_SIZE), strict=True):
-            logits = nn.functional.linear(states, weight, bias).float().div_(temperature)
-            mean_logits.append(logits.mean(-1))
-            logits -= logits.logsumexp(-1, keepdim=True)
-            probs = logits.exp()
-            log_probs.append(logits.gather(-1, labels[:, None])[:, 0])
-            entropies.append(-(probs * logits).sum(-1))
-            is_top1.append(logits.argmax(-1) == labels)
-            if ctx.needs_input_grad[0]:
-                expected = probs.to(weight.dtype) @ weight
-                gradients.append((weight[labels].float() - expected.float()) / temperature)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        measured = torch.cat(entropies), torch.cat(mean_logits), torch.cat(is_top1)
+        chunks = zip(hidden.split(NUM_POSITIONS), targets.split(NUM_POSITIONS), strict=True)
+        with_gradient = ctx.needs_input_grad[0]
+        parts = [_score(states, weight, bias, labels, temperature, with_gradient) for states, labels in chunks]
+        log_probs, *measured, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+        if with_gradient:
+            ctx.save_for_backward(gradients)
         ctx.mark_non_differentiable(*measured)
-        return torch.cat(log_probs), *measured
+        return log_probs, *measured
 
     @staticmethod
     def backward(ctx, grad_log_probs, *_):
         (gradients,) = ctx.saved_tensors
         return grad_log_probs[:, None] * gradients, None, None, None, None
+
+
+def _score(hidden, weight, bias, labels, temperature, with_gradient):
+    """Log-probability, entropy, mean logit, top-1 match and gradient of some positions; no gradient is an empty one."""
+    num_tokens = weight.size(0)
+    maximum = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+    # Sums over the vocabulary: of exp(l - maximum), of that times l, of l, and of that times w
+    total, weighted, plain = (torch.zeros_like(maximum) for _ in range(3))
+    expected = hidden.new_zeros(hidden.shape if with_gradient else (len(hidden), 0), dtype=torch.float32)
+    label_logits = torch.empty_like(maximum)
+    for start in range(0, num_tokens, NUM_TOKENS):
+        tile = weight[start : start + NUM_TOKENS]
+        tile_bias = None if bias is None else bias[start : start + NUM_TOKENS]
+        logits = nn.functional.linear(hidden, tile, tile_bias).float().div_(temperature)
+        at = labels - start
+        inside = (at >= 0) & (at < len(tile))
+        label_logits[inside] = logits[inside, at[inside]]
+
+        new_maximum = torch.maximum(maximum, logits.amax(-1))
+        shrink = (maximum - new_maximum).exp()
+        maximum = new_maximum
+        exps = (logits - maximum[:, None]).exp_()
+        total = total * shrink + exps.sum(-1)
+        plain += logits.sum(-1)
+        if with_gradient:
+            expected = expected * shrink[:, None] + exps.to(weight.dtype) @ tile
+        weighted = weighted * shrink + logits.mul_(exps).sum(-1)
+    normalizer = maximum + total.log()
+    if with_gradient:
+        expected = (weight[labels].float() - expected / total[:, None]) / temperature
+    entropy = normalizer - weighted / total
+    return label_logits - normalizer, entropy, plain / num_tokens, label_logits == maximum, expected
 
 
 @dataclass
