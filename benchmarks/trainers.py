@@ -6,8 +6,8 @@ Seconds and memory of an optimizer step: TRL's trainers, ours and one completion
 Everyone gets the same model (bf16), the same LoRA adapter (`--adapter`, the SFT stage's), HumanEval's training tasks, 4
 completions a task at temperature 0.8 and top_p 0.95, micro-batches of 8, the unit-test reward in the sandbox, and no KL
 penalty; everything else is its own default. A workload is a number of completions and where they end: after exactly 128
-tokens (the EOS token does not end them), or where the policy ends them, after 256 at the latest. Every number is the
-first step of a process of its own, so warming up counts for everyone.
+tokens (the EOS token does not end them), or where the policy ends them, after 256 at the latest. Every number is of one
+step in a process of its own, after a step of 4 tokens a completion that warms up.
 
 Not covered: GPUs and vLLM, and whether a step is worth taking.
 """
@@ -35,7 +35,7 @@ from rich.table import Table  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from trainers import ReinforceConfig, ReinforceTrainer  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 
@@ -55,6 +55,7 @@ PHASES = {
 }
 NEVER_SAMPLED = 151_930  # a row of the embedding that stands for no token: in place of EOS where nothing may end
 MICRO_BATCH, NUM_GENERATIONS, TEMPERATURE, TOP_P = 8, 4, 0.8, 0.95
+WARM_UP_TOKENS = 4
 
 
 def load_policy(adapter):
@@ -86,14 +87,15 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
             num_generations=NUM_GENERATIONS,
             temperature=TEMPERATURE,
             top_p=TOP_P,
-            max_completion_length=num_tokens or 256,
+            max_completion_length=WARM_UP_TOKENS,
             beta=0.0,
-            max_steps=1,
+            max_steps=2,
             bf16=True,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            logging_steps=1,
             **settings,
         ),
         train_dataset=load_tasks("humaneval", "train"),
@@ -113,11 +115,18 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
             return result
 
         setattr(trainer, name, timed)
-    peak_memory(reset=True)
-    started = time.perf_counter()
+
+    class AfterWarmUp(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.max_completion_length = trainer.generation_config.max_new_tokens = num_tokens or 256
+                seconds.clear()
+                peak_memory(reset=True)
+            seconds["step"] = time.perf_counter() - seconds["step"]
+
+    trainer.add_callback(AfterWarmUp())
     trainer.train()
-    seconds["step"] = time.perf_counter() - started
-    return seconds, trainer.state.log_history[0]["completions/mean_length"]
+    return seconds, trainer.state.log_history[1]["completions/mean_length"]
 
 
 def one_at_a_time_step(num_completions, num_tokens, adapter, sandbox):
@@ -128,40 +137,44 @@ def one_at_a_time_step(num_completions, num_tokens, adapter, sandbox):
     eos = NEVER_SAMPLED if num_tokens else tokenizer.eos_token_id
     tasks = load_tasks("humaneval", "train").shuffle(seed=42).select(range(num_completions // NUM_GENERATIONS))
     seconds, lengths = Counter(), []
-    peak_memory(reset=True)
-    started = last = time.perf_counter()
 
     def lap(phase):
         nonlocal last
         seconds[phase] += time.perf_counter() - last
         last = time.perf_counter()
 
-    for task in tasks:
-        for _ in range(NUM_GENERATIONS):
-            prompt = tokenizer(task["prompt"], return_tensors="pt")
-            with torch.no_grad():
-                ids = model.generate(
-                    **prompt,
-                    do_sample=True,
-                    temperature=TEMPERATURE,
-                    top_p=TOP_P,
-                    top_k=0,
-                    max_new_tokens=num_tokens or 256,
-                    eos_token_id=eos,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            length = prompt["input_ids"].size(1)
-            completion = ids[0, length:]
-            lengths.append(len(completion))
-            lap("rollout")
-            text = tokenizer.decode(completion, skip_special_tokens=True)
-            (value,) = reward([task["prompt"]], [text], [task["test"]], [task["entry_point"]], [completion.tolist()])
-            lap("grading")
-            logits = model(ids).logits[0, length - 1 : -1].float() / TEMPERATURE
-            log_prob = logits.log_softmax(-1).gather(-1, completion[:, None]).sum()
-            lap("log_probs")
-            (-value * log_prob / num_completions).backward()
-            lap("backward")
+    started = last = time.perf_counter()
+    for i, task in enumerate([tasks[0], *(task for task in tasks for _ in range(NUM_GENERATIONS))]):
+        if i == 1:  # the first one warmed up
+            optimizer.zero_grad()
+            seconds.clear()
+            lengths.clear()
+            peak_memory(reset=True)
+            started = last = time.perf_counter()
+        prompt = tokenizer(task["prompt"], return_tensors="pt")
+        with torch.no_grad():
+            ids = model.generate(
+                **prompt,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                top_k=0,
+                max_new_tokens=num_tokens or 256,
+                eos_token_id=eos,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        length = prompt["input_ids"].size(1)
+        completion = ids[0, length:]
+        lengths.append(len(completion))
+        lap("rollout")
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        (value,) = reward([task["prompt"]], [text], [task["test"]], [task["entry_point"]], [completion.tolist()])
+        lap("grading")
+        logits = model(ids).logits[0, length - 1 : -1].float() / TEMPERATURE
+        log_prob = logits.log_softmax(-1).gather(-1, completion[:, None]).sum()
+        lap("log_probs")
+        (-value * log_prob / num_completions).backward()
+        lap("backward")
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     seconds["step"] = time.perf_counter() - started

@@ -269,9 +269,7 @@ def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict
         "num_passed": round(passes["pass_at_1"] * num_tasks, 4),
         **passes,
         "interval_method": "Wilson" if num_generations == 1 else "percentile bootstrap over tasks, 10000 resamples",
-        "pass_at_k": {
-            str(k): float(estimate_pass_at_k(num_generations, per_task("passed"), k).mean()) for k in ks
-        },
+        "pass_at_k": {str(k): float(estimate_pass_at_k(num_generations, per_task("passed"), k).mean()) for k in ks},
         "mean_completion_tokens": mean(tokens),
         "mean_completion_tokens_interval": bootstrap_interval(
             [total / num_generations for total in per_task("completion_tokens")]

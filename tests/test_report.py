@@ -18,7 +18,7 @@ from pictures import _spread  # noqa: E402
 from provenance import machine  # noqa: E402
 
 
-HOSTILE = '    return 1</code></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"\'{{ 7*7 }}'
+HOSTILE = "    return 1</code></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'{{ 7*7 }}"
 HOSTILE += "\x1b[31m\u202e\ud800\n"
 
 

@@ -12,6 +12,7 @@ import types
 from dataclasses import dataclass
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
@@ -206,7 +207,9 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         if head.weight.requires_grad or not _can_be_packed(self):
             return trl_forward(*args, fused_lm_head=True, **kwargs)
         input_ids, attention_mask, labels = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
-        hidden_states = _scored_states(self, input_ids, attention_mask, labels)
+        # Autocast brings activations to bf16 for the adapter's products: PEFT need not bring them to fp32 before
+        with disable_input_dtype_casting(self, active=torch.is_autocast_enabled("cpu")):
+            hidden_states = _scored_states(self, input_ids, attention_mask, labels)
         labels = labels[:, 1:]
         mask = labels != -100
         scores = _FrozenHeadLogProbs.apply(hidden_states, head.weight, head.bias, labels[mask], temperature)
