@@ -25,10 +25,14 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import pytest  # noqa: E402
 import ray  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 from rewards import UnitTestReward  # noqa: E402
 from sandbox import Program, RaySandbox, Sandbox, on_ray  # noqa: E402
+from trainers import ReinforceConfig, ReinforceTrainer, last_checkpoint  # noqa: E402
 
 
 GOOD = Program("def f(x):\n    return x + 1\n", "assert f(3) == 4", "f")
@@ -239,9 +243,45 @@ def test_a_killed_node_loses_no_verdict(sandbox, cluster, batch):
     assert len(sandbox._actors) == 1
 
 
-def test_no_node_left_is_an_error_and_a_new_node_is_used(sandbox, cluster):
+def kill_nodes(cluster):
     for node in list(cluster.worker_nodes):
         cluster.remove_node(node, allow_graceful=False)
+
+
+def test_training_stops_with_its_last_checkpoint_when_no_node_is_left(sandbox, cluster, tmp_path, tiny_folder):
+    class LoseAllNodes(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            kill_nodes(cluster)
+
+    tasks = {"prompt": ["def one():\n    return 1\n#"], "test": ["assert candidate() == 1"], "entry_point": ["one"]}
+    trainer = ReinforceTrainer(
+        str(tiny_folder),
+        UnitTestReward(sandbox=sandbox),
+        ReinforceConfig(
+            str(tmp_path),
+            per_device_train_batch_size=1,
+            max_steps=1000,
+            save_steps=1,
+            save_total_limit=1,
+            max_completion_length=2,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict(tasks),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        callbacks=[LoseAllNodes()],
+    )
+    with pytest.raises(RuntimeError, match="'unit_tests' failed: RuntimeError: no node of the Ray cluster") as error:
+        trainer.train()
+    assert str(error.value).endswith(f"The last complete checkpoint is {last_checkpoint(tmp_path)}")
+    cluster.add_node(num_cpus=1, include_dashboard=False)
+
+
+def test_no_node_left_is_an_error_and_a_new_node_is_used(sandbox, cluster):
+    kill_nodes(cluster)
     end = time.monotonic() + 20
     with pytest.raises(RuntimeError, match="no node of the Ray cluster is left"):
         while time.monotonic() < end:  # an actor outlives its node by a moment
