@@ -79,7 +79,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         self._ungraded = None  # a rollout and its micro-batches, until their advantages are needed
         self._rollouts_without_signal = 0
         self._seconds = Counter()
-        self._seconds_logged_at = 0
+        self._seconds_logged_at = None  # the step; a run may continue at any
 
     @property
     def _rolls_out_on_cpu(self) -> bool:
@@ -375,6 +375,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._seconds_logged_at is None:
+            self._seconds_logged_at = self.state.global_step
         others = self._seconds.total() - self._seconds["grading"]
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -389,8 +391,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        steps = self.state.global_step - self._seconds_logged_at
-        if self.model.training and steps > 0:
+        steps = self.state.global_step - (self._seconds_logged_at or 0)
+        if self.model.training and self._seconds and steps > 0:
             logs |= {f"seconds/{name}": round(seconds / steps, 3) for name, seconds in self._seconds.items()}
             self._seconds.clear()
             self._seconds_logged_at = self.state.global_step
