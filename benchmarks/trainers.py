@@ -3,12 +3,12 @@ Seconds and memory of an optimizer step: TRL's trainers, ours and one completion
 
     python benchmarks/trainers.py --adapter runs/quickstart/sft
 
-Everyone gets the same model (bf16), the same LoRA adapter (`--adapter`, the SFT stage's), HumanEval's training tasks, 4
-completions a task at temperature 0.8 and top_p 0.95, micro-batches of 8, the unit-test reward in the sandbox, and no KL
-penalty; everything else is its own default. A workload is a number of completions and where they end: after exactly 128
-tokens (the EOS token does not end them), or where the policy ends them, after 256 at the latest. Every number is of the
-second of two steps in a process of its own: the first touches memory and builds kernels. (One at a time warms up on one
-completion.) All of it takes 1.5 hours.
+Everyone gets the same model (in bf16, or in fp32 where the processor has no bf16 instructions), the same LoRA adapter
+(`--adapter`, the SFT stage's), HumanEval's training tasks, 4 completions a task at temperature 0.8 and top_p 0.95,
+micro-batches of 8, the unit-test reward in the sandbox, and no KL penalty; everything else is its own default. A workload
+is a number of completions and where they end: after exactly 128 tokens (the EOS token does not end them), or where the
+policy ends them, after 256 at the latest. Every number is of the second of two steps in a process of its own: the first
+touches memory and builds kernels. (One at a time warms up on one completion.) All of it takes 1.5 hours.
 
 Not covered: GPUs and vLLM, and whether a step is worth taking.
 """
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "recipes")]  # not this folder, whose files have the names of what they measure
 
 import torch  # noqa: E402
+from common import multiplies_in_bf16  # noqa: E402
 from default_model import default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from rewards import UnitTestReward, load_tasks  # noqa: E402
@@ -48,19 +49,20 @@ SIDES = {
     "one at a time": None,
     "ReinforceTrainer": (ReinforceTrainer, ReinforceConfig, {"gradient_checkpointing": False}),
 }
-REFERENCE, OURS = "RLOOTrainer", "ReinforceTrainer"
+OURS = "ReinforceTrainer"
 PHASES = {
     "rollout": "_generate",
     "grading": "_calculate_rewards",
     "log_probs": "_get_per_token_logps_and_entropies",
 }
 NEVER_SAMPLED = 151_930  # a row of the embedding that stands for no token: in place of EOS where nothing may end
+DTYPE = torch.bfloat16 if multiplies_in_bf16() else torch.float32
 MICRO_BATCH, NUM_GENERATIONS, TEMPERATURE, TOP_P = 8, 4, 0.8, 0.95
 
 
 def load_policy(adapter):
     folder = default_model()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     return PeftModel.from_pretrained(model, adapter, is_trainable=True), tokenizer
 
@@ -90,7 +92,7 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
             max_completion_length=num_tokens or 256,
             beta=0.0,
             max_steps=2,
-            bf16=True,
+            bf16=DTYPE == torch.bfloat16,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
@@ -235,7 +237,7 @@ def main():
             f"{r['step'] / ours['step']:.1f}x faster" if ours and side != OURS else "",
         )
     Console(width=160).print(table)
-    print("  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")))
+    print(DTYPE, *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")), sep="  ")
 
 
 if __name__ == "__main__":

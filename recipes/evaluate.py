@@ -144,7 +144,7 @@ def main():
     metrics |= {
         "model": policy,
         "seed": args.seed,
-        "settings": asdict(args) | {"extra_tests": settings.get("extra_tests")},
+        "settings": asdict(args) | {"extra_tests": settings.get("extra_tests"), "dtype": model_args.dtype},
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "machine": machine(),

@@ -173,6 +173,21 @@ def test_every_recipe_parses(path):
     assert set(settings) == set(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.parametrize(
+    "instructions, dtype, bf16", [({"avx512_bf16": True}, "bfloat16", True), ({}, "float32", False)]
+)
+def test_recipes_compute_in_bf16_where_the_processor_does(monkeypatch, capsys, instructions, dtype, bf16):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": False} | instructions)
+    recipe = ["--config", str(ROOT / "recipes" / "qwen2.5-coder-0.5b" / "reinforce.yaml")]
+    _, args, model, settings = parse_settings(*STAGES["reinforce"], argv=recipe)
+    assert (model.dtype, args.bf16, settings["dtype"], settings["bf16"]) == (dtype, bf16, dtype, bf16)
+    assert ("computing in fp32" in capsys.readouterr().out) != bf16
+    asked = [*recipe, "--dtype", "bfloat16", "--bf16", "true"]
+    _, args, model, _ = parse_settings(*STAGES["reinforce"], argv=asked)
+    assert (model.dtype, args.bf16) == ("bfloat16", True), "the command line has the last word"
+
+
 def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chains = {}

@@ -4,7 +4,7 @@ Linear layers of a rollout on a CPU: the same products, in the memory layout and
 A token-step multiplies a handful of rows by every weight of the model. oneDNN reads weights that were packed for it a
 third faster than plain ones (8 rows of an 0.5B model on two cores: 46 ms a step against 65), and of what PEFT does
 around a LoRA layer (a cast, a dropout, two products, a scaling, a sum) one small product is left. Packed copies live
-only as long as the rollout. Not covered: other dtypes than bf16, and other adapters than plain LoRA;
+only as long as the rollout. Not covered: other dtypes than bf16 and fp32, and other adapters than plain LoRA;
 they keep their own way.
 """
 
@@ -27,13 +27,12 @@ def fast_linears(model: nn.Module, num_rows: int):
             About how many rows a product will have.
     """
     changed = {}
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for layer in model.modules():
-            if _is_plain_lora(layer):
-                changed[layer] = _packed_lora(layer, num_rows)
-                changed[layer.get_base_layer()] = None  # not called
-            elif type(layer) is nn.Linear and layer not in changed and _is_cpu_bf16(layer.weight):
-                changed[layer] = _packed_linear(layer.weight, layer.bias, num_rows)
+    for layer in model.modules():
+        if _is_plain_lora(layer):
+            changed[layer] = _packed_lora(layer, num_rows)
+            changed[layer.get_base_layer()] = None  # not called
+        elif type(layer) is nn.Linear and layer not in changed and _can_be_packed(layer.weight):
+            changed[layer] = _packed_linear(layer.weight, layer.bias, num_rows)
     changed = {layer: forward for layer, forward in changed.items() if forward is not None}
     try:
         for layer, forward in changed.items():
@@ -44,12 +43,16 @@ def fast_linears(model: nn.Module, num_rows: int):
             del layer.forward
 
 
-def _is_cpu_bf16(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether the layer is y = W x + b + s B (A x) in bf16, and nothing else."""
+    """Whether the layer is y = W x + b + s B (A x) in one dtype that can be packed, and nothing else."""
     if type(layer) is not lora.Linear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
@@ -58,8 +61,8 @@ def _is_plain_lora(layer: nn.Module) -> bool:
         and name not in layer.lora_variant
         and layer.lora_B[name].bias is None
         and type(layer.get_base_layer()) is nn.Linear
-        and _is_cpu_bf16(layer.get_base_layer().weight)
-        and _is_cpu_bf16(layer.lora_A[name].weight)
+        and layer.lora_A[name].weight.dtype == layer.get_base_layer().weight.dtype
+        and _can_be_packed(layer.get_base_layer().weight)
     )
 
 
