@@ -115,7 +115,7 @@ def decode(data):
     if opened + data.count(b",") > 3 * MAX_ITEMS:
         raise ValueError("too many items")
     try:
-        value = json.loads(data.decode("utf-8", "surrogatepass"), object_pairs_hook=_unpack)
+        value = _loads(data.decode("utf-8", "surrogatepass"))
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"not a frame: {type(error).__name__}") from None
     if opened > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
@@ -126,6 +126,9 @@ def decode(data):
 def _unpack(pairs):
     ((tag, content),) = pairs
     return _TAGS[tag](content) if tag in _TAGS else _refuse(tag)
+
+
+_loads = json.JSONDecoder(object_pairs_hook=_unpack).decode  # json.loads would make a decoder for each value
 
 
 def _refuse(tag):

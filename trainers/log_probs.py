@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .adapters import base_model
+from .cpu_linear import fast_lora
 from .rollout import has_plain_lm_head
 
 
@@ -208,7 +209,7 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
             return trl_forward(*args, fused_lm_head=True, **kwargs)
         input_ids, attention_mask, labels = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         # Autocast brings activations to bf16 for the adapter's products: PEFT need not bring them to fp32 before
-        with disable_input_dtype_casting(self, active=torch.is_autocast_enabled("cpu")):
+        with disable_input_dtype_casting(self, active=torch.is_autocast_enabled("cpu")), fast_lora(self):
             hidden_states = _scored_states(self, input_ids, attention_mask, labels)
         labels = labels[:, 1:]
         mask = labels != -100
