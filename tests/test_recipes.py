@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def launch(stage, config, **settings):
     return run.returncode, run.stdout + run.stderr
 
 
+def launch_both(*runs):
+    """Two launches at once, each a stage, its config and settings: most of a launch is one core's imports."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(lambda run: launch(run[0], run[1], **run[2]), runs))
+
+
 def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text("".join(json.dumps(task) + "\n" for task in TASKS))
@@ -78,30 +85,28 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     status, output = launch("sft", sft)
     assert status == 0, output
     assert adapter_base(str(tmp_path / "sft")) == str(tiny_folder)
-    status, output = launch("sft", sft)
-    assert status == 0 and "this run has finished" in output
-    status, output = launch("sft", sft, max_steps=3)
-    assert status != 0 and "holds another run (with max_steps 2 where this one has 3)" in output
+    again, longer = launch_both(("sft", sft, {}), ("sft", sft, {"max_steps": 3}))
+    assert again[0] == 0 and "this run has finished" in again[1]
+    assert longer[0] != 0 and "holds another run (with max_steps 2 where this one has 3)" in longer[1]
 
     rl = {"adapter_name_or_path": str(tmp_path / "sft"), "max_completion_length": 8, "per_device_train_batch_size": 2}
     rl |= {"eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 2}
-    for stage in ("reinforce", "ppo_clip"):
-        config = recipe(stage, **train, **rl, max_steps=1, output_dir=str(tmp_path / stage))
-        status, output = launch(stage, config)
+    stages = ("reinforce", "ppo_clip")
+    recipes = [recipe(stage, **train, **rl, max_steps=1, output_dir=str(tmp_path / stage)) for stage in stages]
+    runs = launch_both(*((stage, config, {}) for stage, config in zip(stages, recipes, strict=True)))
+    for stage, (status, output) in zip(stages, runs, strict=True):
         assert status == 0, output
         assert "'eval_pass_rate': '0'" in output
         assert (tmp_path / stage / "adapter_model.safetensors").is_file()
 
     evaluate = recipe("evaluate", dtype="float32", dataset_test_split="train", max_completion_length=8, seed=1)
     results = {"base": str(tiny_folder), "reinforce": str(tmp_path / "reinforce")}
-    for name, model in results.items():
-        status, output = launch(
-            "evaluate",
-            evaluate,
-            model_name_or_path=model,
-            extra_tests=tasks,
-            output_dir=tmp_path / "results" / name,
-        )
+    settings = [
+        {"model_name_or_path": model, "extra_tests": tasks, "output_dir": tmp_path / "results" / name}
+        for name, model in results.items()
+    ]
+    runs = launch_both(*(("evaluate", evaluate, fields) for fields in settings))
+    for (name, model), (status, output) in zip(results.items(), runs, strict=True):
         assert status == 0, output
         metrics = json.loads((tmp_path / "results" / name / "metrics.json").read_text())
         assert metrics["num_tasks"] == 3 and metrics["num_passed"] == 0 and metrics["model"] == model
