@@ -198,7 +198,7 @@ class Sandbox:
             else:
                 verdicts[job] = Verdict("crashed", f"its worker died {MAX_ATTEMPTS} times", 0.0)
 
-        while None in verdicts:
+        while waiting or any(worker.job is not None for worker in self._pool):
             if not self._running():
                 for worker in self._pool:
                     if worker.job is not None:
