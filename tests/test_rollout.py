@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trainers import generate_completions
 from trainers.adapters import adapter_in_base_dtype
-from trainers.cpu_linear import fast_linears
 from trainers.rollout import sample_tokens
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -77,28 +76,3 @@ def test_progress_counts_rows_that_end(tiny_model, tiny_tokenizer):
     ended = []
     completions = generate_completions(tiny_model, prompt_ids, [1], 5, temperature=0, on_token=ended.append)
     assert sum(ended) == sum(completion[-1] == 1 for completion in completions)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_fast_linears_give_the_same_logits_and_leave_no_trace(tiny_model, use_dora, dtype):
-    torch.manual_seed(0)
-    model = get_peft_model(
-        tiny_model.to(dtype),
-        LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, use_dora=use_dora),
-    ).eval()
-    input_ids = torch.randint(2, 258, (3, 20))
-    forwards = {name: module.forward for name, module in model.named_modules()}
-    with torch.no_grad(), adapter_in_base_dtype(model):
-        plain = model(input_ids).logits
-        with fast_linears(model, num_rows=3):
-            changed = {name for name, module in model.named_modules() if module.forward != forwards[name]}
-            fast = model(input_ids).logits
-    assert "base_model.model.lm_head" in changed, "no product was packed"
-    is_lora = {name: "base_layer" not in name and name.endswith("_proj") for name in changed}
-    assert any(is_lora.values()) != use_dora, "plain LoRA is fused, DoRA is left to PEFT"
-    # The reference is more exact, so that the dtype's own error is the measure
-    with torch.no_grad():
-        exact = model.double()(input_ids).logits
-    assert (fast - exact).abs().max() < 1.5 * (plain - exact).abs().max()
-    assert all(module.forward == forwards[name] for name, module in model.named_modules())
