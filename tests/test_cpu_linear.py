@@ -37,8 +37,9 @@ def test_fast_linears_give_the_same_logits_and_leave_no_trace(tiny_model, use_do
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, dtype):
-    model = lora_policy(tiny_model, dtype)
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype):
+    model = lora_policy(tiny_model, dtype, bias=bias)
     input_ids = torch.randint(2, 258, (3, 20))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -59,7 +60,7 @@ def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, dtype):
 
 
 @pytest.mark.parametrize("settings, is_fast", [({}, True), ({"lora_dropout": 0.1}, False), ({"use_dora": True}, False)])
-def test_fast_lora_leaves_other_adapters_and_dropout_to_peft(tiny_model, settings, is_fast):
+def test_fast_lora_leaves_the_rest_to_peft(tiny_model, settings, is_fast):
     model = lora_policy(tiny_model, **settings).train()
     forwards = {name: module.forward for name, module in model.named_modules()}
 

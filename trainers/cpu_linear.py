@@ -78,15 +78,17 @@ def _can_be_packed(weight: torch.Tensor) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether the layer is y = W x + b + s B (A x) on a base that can be packed, and nothing else."""
+    """Whether the layer is y = W x + b + s B (A x) on a frozen base that can be packed, and nothing else."""
     if type(layer) is not lora.Linear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
         return False
     base, dropout = layer.get_base_layer(), layer.lora_dropout[name]
-    drops = layer.training and getattr(dropout, "p", 0.0) > 0
-    return type(base) is nn.Linear and not base.weight.requires_grad and _can_be_packed(base.weight) and not drops
+    if layer.training and getattr(dropout, "p", 0.0) > 0:
+        return False
+    is_frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    return type(base) is nn.Linear and is_frozen and _can_be_packed(base.weight)
 
 
 def _lora_dtype(layer: lora.Linear) -> torch.dtype:
