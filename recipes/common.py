@@ -114,7 +114,7 @@ def _fp32_instead_of_bf16(in_file: dict, fields: set[str]) -> list[str]:
     in_bf16 = {"dtype": in_file.get("dtype") == "bfloat16", "bf16": in_file.get("bf16", True)}  # bf16 is TRL's default
     in_fp32 = {"dtype": "float32", "bf16": "false"}
     added = [part for name in in_fp32 if name in fields and in_bf16[name] for part in (f"--{name}", in_fp32[name])]
-    if added and os.environ.get("RANK", "0") == "0":
+    if added and os.environ.get("RANK", "0") == "0":  # PartialState is TrainingArguments' to set up, which come later
         print(f"This processor has no bf16 instructions: computing in fp32, which is faster here ({' '.join(added)})")
     return added
 

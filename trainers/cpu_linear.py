@@ -33,7 +33,7 @@ def fast_linears(model: nn.Module, num_rows: int):
         if _is_plain_lora(layer) and _lora_dtype(layer) == layer.get_base_layer().weight.dtype:
             forwards[layer] = _packed_lora(layer, num_rows)
             called.add(layer.get_base_layer())
-        elif type(layer) is nn.Linear and layer not in called and _can_be_packed(layer.weight):
+        elif type(layer) is nn.Linear and layer not in called and _is_for_onednn(layer.weight):
             forwards[layer] = _packed_linear(layer.weight, layer.bias, num_rows)
     with _forwards(forwards):
         yield
@@ -69,7 +69,8 @@ def _forwards(forwards: dict):
             del layer.forward
 
 
-def _can_be_packed(weight: torch.Tensor) -> bool:
+def _is_for_onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies by this weight, and packs it."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -78,7 +79,7 @@ def _can_be_packed(weight: torch.Tensor) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether the layer is y = W x + b + s B (A x) on a frozen base that can be packed, and nothing else."""
+    """Whether the layer is y = W x + b + s B (A x) on a frozen base for oneDNN, and nothing else."""
     if type(layer) is not lora.Linear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
@@ -88,7 +89,7 @@ def _is_plain_lora(layer: nn.Module) -> bool:
     if layer.training and getattr(dropout, "p", 0.0) > 0:
         return False
     is_frozen = not any(parameter.requires_grad for parameter in base.parameters())
-    return type(base) is nn.Linear and is_frozen and _can_be_packed(base.weight)
+    return type(base) is nn.Linear and is_frozen and _is_for_onednn(base.weight)
 
 
 def _lora_dtype(layer: lora.Linear) -> torch.dtype:
