@@ -1,6 +1,7 @@
 # make quickstart   set up, train and evaluate the default model on two CPU cores, print one table
-# make reproduce    all nine rows of results/ and the report of them, in some hours on two CPU cores; rows that results/
-#                   holds are not made again: RESULTS=DIR makes them elsewhere; HUMANEVAL_PLUS=FILE adds stricter tests
+# make reproduce    all nine rows of results/, two more seeds of SFT and of REINFORCE, and the report of them, in some hours
+#                   on two CPU cores; rows that results/ holds are not made again: RESULTS=DIR makes them elsewhere;
+#                   HUMANEVAL_PLUS=FILE adds stricter tests
 # make test         set up and run the tests
 # All can be run again: what is done is not done twice, and an interrupted stage goes on from its last checkpoint.
 
@@ -14,8 +15,9 @@ RUNS := runs/reproduce
 RESULTS := results
 RL_ROWS := reinforce_alpha0.01 reinforce_alpha0.03 \
 	ppo_alpha0.01_bs4 ppo_alpha0.03_bs4 ppo_alpha0.01_bs8 ppo_alpha0.03_bs8
-ROWS := base sft $(RL_ROWS) dpo
-SAMPLED := --num_generations 10 --temperature 0.2
+SEED_ROWS := sft_seed43 sft_seed44 reinforce_alpha0.01_seed43 reinforce_alpha0.01_seed44
+ROWS := base sft $(RL_ROWS) dpo $(SEED_ROWS)
+SAMPLED := --num_generations 10 --temperature 0.2 --per_device_eval_batch_size 110
 HUMANEVAL_PLUS :=
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -81,14 +83,20 @@ $(RESULTS)/%/metrics.json: $(RUNS)/%/adapter_model.safetensors | install
 $(RESULTS)/%/sampled/metrics.json: $(RUNS)/%/adapter_model.safetensors | $(RESULTS)/%/metrics.json install
 	$(EVALUATE) --model_name_or_path $(<D) $(SAMPLED)
 
-$(RUNS)/sft/adapter_model.safetensors: | install
-	$(LAUNCH) recipes/sft.py --config $(RECIPES)/sft.yaml --output_dir $(@D)
+# ROW_seed43 is the recipe of ROW with another seed, from the SFT policy of that seed
+row = $(word 1,$(subst _seed, ,$(notdir $(@D))))
+seed = $(word 2,$(subst _seed, ,$(notdir $(@D))))
+TRAIN = --config $(RECIPES)/$(row).yaml $(if $(seed),--seed $(seed)) --output_dir $(@D)
+.SECONDEXPANSION:
 
-$(RUNS)/reinforce_%/adapter_model.safetensors: $(RUNS)/sft/adapter_model.safetensors | install
-	$(LAUNCH) recipes/reinforce.py --config $(RECIPES)/reinforce_$*.yaml --adapter_name_or_path $(<D) --output_dir $(@D)
+$(patsubst %,$(RUNS)/%/adapter_model.safetensors,sft $(filter sft_%,$(SEED_ROWS))): | install
+	$(LAUNCH) recipes/sft.py $(TRAIN)
 
-$(RUNS)/ppo_%/adapter_model.safetensors: $(RUNS)/sft/adapter_model.safetensors | install
-	$(LAUNCH) recipes/ppo_clip.py --config $(RECIPES)/ppo_$*.yaml --adapter_name_or_path $(<D) --output_dir $(@D)
+$(RUNS)/reinforce_%/adapter_model.safetensors: $(RUNS)/sft$$(if $$(seed),_seed$$(seed))/adapter_model.safetensors | install
+	$(LAUNCH) recipes/reinforce.py $(TRAIN) --adapter_name_or_path $(<D)
+
+$(RUNS)/ppo_%/adapter_model.safetensors: $(RUNS)/sft$$(if $$(seed),_seed$$(seed))/adapter_model.safetensors | install
+	$(LAUNCH) recipes/ppo_clip.py $(TRAIN) --adapter_name_or_path $(<D)
 
 $(RUNS)/preferences/pairs.jsonl: $(RUNS)/sft/adapter_model.safetensors | install
 	$(LAUNCH) recipes/preferences.py --config $(RECIPES)/preferences.yaml --adapter_name_or_path $(<D) --output_dir $(@D)
