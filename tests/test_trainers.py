@@ -130,7 +130,8 @@ def test_update_equals_the_formula(
     assert moved == expected_to_move, "an adapter moves alone, the base is bit-identical"
     for name in moved:
         change, expected_change = model.get_parameter(name) - before[name], expected[name] - before[name]
-        assert (change - expected_change).norm() < 1e-5 * expected_change.norm(), name
+        # fp32's rounding alone is 1e-5 of it on some processors
+        assert (change - expected_change).norm() < 1e-4 * expected_change.norm(), name
 
 
 @pytest.mark.parametrize(
