@@ -33,9 +33,12 @@ FEATURES = (
 
 LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None, use_errno=True)
+if LINUX:
+    _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
     0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
@@ -58,8 +61,8 @@ def _check(result, what):
     return result
 
 
-def _prctl(option, value):
-    _check(_libc.prctl(option, ctypes.c_ulong(value), *[ctypes.c_ulong(0)] * 3), "prctl")
+def _prctl(option, value, address=0):
+    _check(_libc.prctl(option, value, address, 0, 0), "prctl")
 
 
 def _syscall(number, what, *arguments):
@@ -155,7 +158,7 @@ def enter(memory_mb, timeout, pids_failure=None):
         if not seccomp.supported():
             raise OSError(0, f"no table of system calls for {os.uname().machine}")
         child_filter = seccomp.child_filter()
-        seccomp.install(_libc, seccomp.zygote_filter())
+        _install(seccomp.zygote_filter())
     except OSError as error:
         child_filter = None
         missing["seccomp"] = error.strerror
@@ -165,9 +168,14 @@ def enter(memory_mb, timeout, pids_failure=None):
             die_with_parent()
             _limit_processor(timeout)
         if child_filter is not None:
-            seccomp.install(_libc, child_filter)
+            _install(child_filter)
 
     return missing, limit_child
+
+
+def _install(program):
+    """Puts a seccomp filter on this process for good."""
+    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
 def report(missing):

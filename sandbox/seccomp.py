@@ -12,7 +12,6 @@ import errno
 import os
 import platform
 
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 CLONE_THREAD = 0x00010000
 CLONE3 = 435  # its flags lie in memory, where no filter can look: glibc falls back to clone
@@ -121,9 +120,3 @@ def child_filter():
 
 def _program(lines):
     return _Program(len(lines), (_Instruction * len(lines))(*lines))
-
-
-def install(libc, program):
-    """Puts a filter on this process for good; raises `OSError` if the kernel refuses."""
-    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
-        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")

@@ -23,6 +23,9 @@ import wire
 
 CHANNEL = 3  # the descriptor of a solution process
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
+# CPython's allocator of small objects (Objects/obmalloc.c); where it is another one, forks are slower and nothing is wrong
+POOL_SIZE, POOL_HEADER, ALIGNMENT, SMALLEST_BYTES, LARGEST_BLOCK = 16384, 48, 16, 48, 512
+MOST_FILLING = 1 << 20  # bytes for objects of one size
 OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
 
 
@@ -36,6 +39,7 @@ def zygote(control, limit_child, has_scratch):
         has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
     """
     gc.collect()
+    fillers = fill_pools()  # noqa: F841
     gc.freeze()
     space = socket.CMSG_SPACE(4)
     while True:
@@ -55,6 +59,21 @@ def zygote(control, limit_child, has_scratch):
             os.waitpid(pid, 0)
         if has_scratch:
             cage.wipe_scratch()
+
+
+def fill_pools():
+    """Returns objects that fill the free places between those of the interpreter.
+
+    A solution's own small objects then start new pools and lie close together. In the free places, on hundreds of pages
+    that it shares with the zygote, almost each of them would make the kernel copy a page.
+    """
+    fillers = []
+    for size in range(SMALLEST_BYTES, LARGEST_BLOCK + 1, ALIGNMENT):
+        for _ in range(MOST_FILLING // size):
+            fillers.append(bytes(size - sys.getsizeof(b"")))
+            if id(fillers[-1]) % POOL_SIZE == POOL_HEADER:  # the first of a new pool
+                break
+    return fillers
 
 
 def _wait_briefly(pid):
