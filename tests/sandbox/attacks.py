@@ -4,6 +4,7 @@ Every program claims to define `f` with `f(3) == SECRET`, which none can know, u
 `|` separates the verdicts allowed where kernels differ. Not covered here: running them (test_attacks.py).
 """
 
+import sys
 import textwrap
 
 SECRET = 918273645
@@ -256,8 +257,8 @@ ABUSES = {
     "recursion without a limit": attack(
         "crashed|out_of_memory|timeout|error", "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)"
     ),
-    "recursion in C": attack(
-        "crashed|out_of_memory", "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(s): return repr([s])\nf = lambda x: repr(A())"
+    "recursion in C": attack(  # Python 3.12 and later bound it themselves
+        "error" if sys.version_info >= (3, 12) else "crashed|out_of_memory", "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(s): return repr([s])\nf = lambda x: repr(A())"
     ),
     "nested a million deep": attack("error", DEEP),
     "nested in itself": attack("error", "def f(x):\n    v = []\n    v.append(v)\n    return v"),
