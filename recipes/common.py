@@ -268,6 +268,7 @@ class RunDirectory:
     An output directory that belongs to one run: one stage with one set of settings.
 
     The same command continues where the run stopped and does nothing when it has finished; another command is refused.
+    A run whose result was removed has not finished.
 
     Args:
         path (`str`):
@@ -276,19 +277,21 @@ class RunDirectory:
             The stage's name.
         settings (`dict`):
             The fields that were set, as [`parse_settings`] gives them.
+        result (`str`, *optional*, defaults to `"*.safetensors"`):
+            Name or pattern of the file that a finished run leaves in it.
 
     Raises:
         SystemExit: The directory holds another run, or files of something else.
     """
 
-    def __init__(self, path: str, stage: str, settings: dict):
+    def __init__(self, path: str, stage: str, settings: dict, result: str = "*.safetensors"):
         self.path = Path(path)
         self.record = self.path / "run.json"
         self.run = json.loads(json.dumps({"stage": stage, "settings": settings}, default=str))
         self.finished = False
         if self.record.is_file():
             found = json.loads(self.record.read_text())
-            self.finished = found.pop("finished", False)
+            self.finished = found.pop("finished", False) and any(self.path.glob(result))
             if found != self.run:
                 raise SystemExit(
                     f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}"

@@ -124,7 +124,7 @@ def main():
         name = os.path.basename(args.extra_tests)
         command = [name if part == args.extra_tests else part for part in command]
         settings["extra_tests"] = name
-    run = RunDirectory(args.output_dir, "evaluate", settings)
+    run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
     if run.finished:
         return print_table([args.output_dir])
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)

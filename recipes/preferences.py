@@ -129,7 +129,7 @@ def main():
     check_policy(model_args, args.adapter_name_or_path)
     if args.adapter_name_or_path:
         settings["adapter_sha256"] = adapter_sha256(args.adapter_name_or_path)
-    run = RunDirectory(args.output_dir, "preferences", settings)
+    run = RunDirectory(args.output_dir, "preferences", settings, result="pairs.jsonl")
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
 

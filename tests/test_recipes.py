@@ -332,7 +332,10 @@ def test_output_directory_belongs_to_one_run(tmp_path):
     assert run.start() is None
     assert not RunDirectory(str(path), "sft", {"seed": 1}).finished
     run.finish()
+    assert not RunDirectory(str(path), "sft", {"seed": 1}).finished  # what it made is not there (any more)
+    (path / "adapter_model.safetensors").touch()
     assert RunDirectory(str(path), "sft", {"seed": 1}).finished
+    assert not RunDirectory(str(path), "sft", {"seed": 1}, result="metrics.json").finished
     with pytest.raises(SystemExit, match="with seed 1 where this one has 2"):
         RunDirectory(str(path), "sft", {"seed": 2})
     with pytest.raises(SystemExit, match="of the stage 'sft'"):
