@@ -9,7 +9,6 @@ Not covered here: which files may be opened (cage.py).
 
 import ctypes
 import errno
-import os
 import platform
 
 KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
