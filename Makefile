@@ -25,10 +25,6 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart reproduce test install
 .SECONDARY:
-# A stage writes its result whole and at its end, so an interrupted make need not delete it
-.PRECIOUS: $(foreach row,$(QUICK_ROWS),$(QUICK)/$(row)/adapter_model.safetensors $(QUICK)/results/$(row)/metrics.json) \
-	$(foreach row,$(ROWS),$(RUNS)/$(row)/adapter_model.safetensors $(RESULTS)/$(row)/metrics.json) \
-	$(ROWS:%=$(RESULTS)/%/sampled/metrics.json) $(RUNS)/preferences/pairs.jsonl
 
 quickstart: $(QUICK_ROWS:%=$(QUICK)/results/%/metrics.json)
 	@$(BIN)/python recipes/evaluate.py --compare $(QUICK_ROWS:%=$(QUICK)/results/%)
