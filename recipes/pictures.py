@@ -60,9 +60,11 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     """
     Every run as a point: mean tokens of a completion, and pass@1 with both 95% intervals; the published runs in grey.
 
+    A run of another seed is a small point, joined to the run that it repeats.
+
     Args:
         runs (`list`):
-            The runs (`name`, `metrics`).
+            The runs (`name`, `recipe`, `metrics`).
         published (`dict`):
             Tasks passed of 33 and mean tokens of each published run.
         published_base (`str`):
@@ -77,34 +79,42 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     figure, (panel,) = _figure(4.5, 1, theme)
     theirs = [(tokens, passed / 33) for passed, tokens in published.values()]
     panel.plot(*zip(*theirs, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
-    ours = [(run.metrics["mean_completion_tokens"], run.metrics["pass_at_1"]) for run in runs]
-    for run, (x, y) in zip(runs, ours, strict=True):
+    points = {run.name: (run.metrics["mean_completion_tokens"], run.metrics["pass_at_1"]) for run in runs}
+    seeds = [run for run in runs if run.name != run.recipe and run.recipe in points]
+    for run in seeds:
         marker, colour = _style(run.name, theme)
+        panel.plot(*zip(points[run.recipe], points[run.name], strict=True), color=colour, linewidth=1.2)
+        panel.plot(*points[run.name], marker, color=colour, markersize=5)
+    named = [run for run in runs if run not in seeds]
+    for run in named:
+        marker, colour = _style(run.name, theme)
+        x, y = points[run.name]
         faint = {"color": colour, "alpha": 0.25, "linewidth": 1.2}
         panel.plot([x, x], run.metrics["pass_at_1_interval"], **faint)
         panel.plot(run.metrics["mean_completion_tokens_interval"], [y, y], **faint)
         panel.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=colours["paper"])
-    x_values = [x for x, _ in ours + theirs]
+    x_values, y_values = zip(*points.values(), *theirs, strict=True)
     left, right = min(x_values) / 1.2, max(x_values) * 1.3
-    names_share = min(0.5, 0.02 * max(len(run.name) for run in runs))  # of the width, a character being 0.02
+    names_share = min(0.5, 0.02 * max(len(run.name) for run in named))  # of the width, a character being 0.02
     panel.set_xscale("log")
     panel.set_xlim(left / (right / left) ** (names_share / (1 - names_share)), right)
     ticks = (5, 10, 20, 30, 50, 70, 100, 200, 300, 500)
     panel.set_xticks([tokens for tokens in ticks if left <= tokens <= right])
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_locator(NullLocator())
-    top = max([run.metrics["pass_at_1_interval"][1] for run in runs] + [y for _, y in theirs])
+    top = max([run.metrics["pass_at_1_interval"][1] for run in named] + [*y_values])
     panel.set_ylim(-0.04, top + 0.06)
     panel.yaxis.set_major_formatter(PercentFormatter(1))
     panel.set_xlabel("mean tokens of a completion (fewer is better)", color=colours["ink"], fontsize=11)
     panel.set_title("pass@1, strict", loc="left", color=colours["ink"], fontsize=12)
-    where = {"xy": (0.99, 0.96), "xycoords": "axes fraction", "ha": "right", "va": "center", "color": colours["muted"]}
-    panel.annotate(f"○ published, {published_base}", fontsize=10, backgroundcolor=colours["paper"], **where)
-    heights = _spread([y for _, y in ours], 0.05 * (top + 0.1))
-    for run, point, height in zip(runs, ours, heights, strict=True):
+    where = {"xy": (0.99, 0.99), "xycoords": "axes fraction", "ha": "right", "va": "top", "color": colours["muted"]}
+    note = f"○ published, {published_base}" + "\nsmall: another seed" * bool(seeds)
+    panel.annotate(note, fontsize=10, backgroundcolor=colours["paper"], **where)
+    heights = _spread([points[run.name][1] for run in named], 0.05 * (top + 0.1))
+    for run, height in zip(named, heights, strict=True):
         panel.annotate(
             run.name,
-            point,
+            points[run.name],
             (names_share, (height + 0.04) / (top + 0.1)),
             textcoords="axes fraction",
             color=_style(run.name, theme)[1],

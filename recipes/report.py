@@ -80,6 +80,11 @@ class Run:
     training: list[dict] = field(default_factory=list)
 
     @property
+    def recipe(self) -> str:
+        """The run that this one repeats with another seed, `"sft"` of `"sft_seed43"`; else its own name."""
+        return re.sub(r"_seed\d+$", "", self.name)
+
+    @property
     def passed(self) -> int:
         """Number of tasks passed, strictly."""
         return sum(sample["passed"] for sample in self.samples.values())
@@ -122,25 +127,9 @@ def read_runs(results: Path) -> list[Run]:
     known = list(PUBLISHED)
 
     def place(run):
-        parent = seed_of(run.name)[0]
-        return known.index(parent) if parent in known else len(known), run.name
+        return known.index(run.recipe) if run.recipe in known else len(known), run.name
 
     return sorted(runs, key=place)
-
-
-def seed_of(name: str) -> tuple[str, str | None]:
-    """
-    What a run's name says of its seed.
-
-    Args:
-        name (`str`):
-            Such as `"sft_seed43"`.
-
-    Returns:
-        `tuple[str, str | None]`: The run that it repeats, and the seed: `("sft", "43")`.
-    """
-    parent, found, seed = name.rpartition("_seed")
-    return (parent, seed) if found and seed.isdigit() else (name, None)
 
 
 def _read_json(path: Path) -> dict:
@@ -264,7 +253,7 @@ def repeated_seeds(runs: list[Run]) -> list[dict]:
     """
     groups = {}
     for run in runs:
-        groups.setdefault(seed_of(run.name)[0], []).append(run)
+        groups.setdefault(run.recipe, []).append(run)
     return [
         {
             "name": name,
