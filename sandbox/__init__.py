@@ -111,7 +111,8 @@ class Sandbox:
     Args:
         workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores.
         timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
-        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use, at least 64.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside the
+            interpreter that it finds, at least 64.
         isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that the kernel offers and warns
             about what is missing; `"strict"` raises when anything is missing.
 
@@ -207,18 +208,22 @@ class Sandbox:
             for worker in self._pool:
                 if worker.job is None and waiting:
                     self._assign(worker, waiting.popleft(), programs)
+            useless = []
             for worker in self._wait():
                 job, worker.job = worker.job, None
                 try:
                     verdicts[job] = Verdict(*worker.channel.receive_text())
                 except (EOFError, ValueError, TypeError):
                     lost(job)  # killed from outside, or the judge ran out of memory over an answer
-                    self._replace(worker)
+                    useless.append(worker)
+            now = time.monotonic()
             for worker in self._pool:
-                if worker.job is not None and time.monotonic() > worker.deadline:
+                if worker.job is not None and now > worker.deadline:
                     job, worker.job = worker.job, None
-                    verdicts[job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", self.timeout)
-                    self._replace(worker)
+                    seconds = self.timeout + GRACE_SECONDS + now - worker.deadline
+                    verdicts[job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", seconds)
+                    useless.append(worker)
+            self._replace(useless)
         return verdicts
 
     def _assign(self, worker, job, programs):
@@ -226,7 +231,7 @@ class Sandbox:
         caged = program.solution + program.tests if program.inline else program.solution
         if "numpy" in caged and not worker.numpy:
             worker.numpy = True
-            self._replace(worker)
+            self._replace([worker])
         worker.job = job
         worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
         try:
@@ -295,11 +300,14 @@ class Sandbox:
                 worker.socket.close()
             self._pool = []
 
-    def _replace(self, worker):
-        worker.socket.close()
+    def _replace(self, workers):
+        """Has all of them killed before it waits for their successors, whose start they would slow."""
         try:
-            self._request(worker)
-            self._greet(worker)
+            for worker in workers:
+                worker.socket.close()
+                self._request(worker)
+            for worker in workers:
+                self._greet(worker)
         except (EOFError, OSError):
             self._process.kill()  # the server is of no use: `_run` starts another
             self._process.wait()

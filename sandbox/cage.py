@@ -25,6 +25,7 @@ NULL = "/dev/null"
 MAX_THREADS = 16
 MAX_DESCRIPTORS = 64
 NOBODY = 65534  # whom a root-started solution becomes
+LIBRARY_FOLDERS = sorted({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
 
 FEATURES = (
     "no new privileges, unprivileged user, no capabilities, pid namespace, net namespace, ipc namespace, uts namespace,"
@@ -120,7 +121,7 @@ def enter(memory_mb, timeout, pids_failure=None):
     """Cages this process for good.
 
     Args:
-        memory_mb (`int`): Megabytes of address space for this process and for each of its children.
+        memory_mb (`int`): Megabytes of address space for each child, beside what this process has now.
         timeout (`float`): Seconds that a child may live; bounds its processor time.
         pids_failure (`str`, *optional*): What `separate_pids` returned in the parent.
 
@@ -129,7 +130,7 @@ def enter(memory_mb, timeout, pids_failure=None):
         child must call for itself.
     """
     if not LINUX:
-        _limit_resources(memory_mb, 0)
+        _limit_resources(memory_mb << 20, 0)
         return dict.fromkeys(FEATURES, f"{sys.platform} has no such thing"), lambda: _limit_processor(timeout)
     missing = {} if pids_failure is None else {"pid namespace": pids_failure}
 
@@ -139,6 +140,7 @@ def enter(memory_mb, timeout, pids_failure=None):
         except OSError as error:
             missing[feature] = error.strerror or str(error)
 
+    memory = _address_space() + (memory_mb << 20)
     attempt("no new privileges", _prctl, PR_SET_NO_NEW_PRIVS, 1)
     with contextlib.suppress(OSError):
         _write_text("/proc/self/oom_score_adj", "1000")  # if memory runs out, it is not the trainer that dies
@@ -146,11 +148,11 @@ def enter(memory_mb, timeout, pids_failure=None):
         attempt(f"{name} namespace", _unshare, flag)
     attempt("private files", _private_files)
     os.chdir(SCRATCH if "private files" not in missing else "/")
-    attempt("unprivileged user", _become_nobody)
+    attempt("landlock", _landlock, "private files" not in missing)
+    attempt("unprivileged user", _become_nobody)  # who need not reach a library in root's home, but to import from it
     attempt("thread limit", _limit_threads)
     attempt("no capabilities", _drop_capabilities)
-    _limit_resources(memory_mb, 0 if "private files" in missing else SCRATCH_BYTES)
-    attempt("landlock", _landlock, "private files" not in missing)
+    _limit_resources(memory, 0 if "private files" in missing else SCRATCH_BYTES)
     hide()
     die_with_parent()  # after the change of user, which would undo it
     child_filter = None
@@ -188,8 +190,9 @@ def _write_text(path, text):
         file.write(text)
 
 
-def _library_folders():
-    return sorted({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
+def _address_space():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _installed_packages(folder):
@@ -203,7 +206,7 @@ def _private_files():
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     root = "/proc"  # any folder that holds nothing we still need
     _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=256,mode=755")
-    for folder in _library_folders():
+    for folder in LIBRARY_FOLDERS:
         os.makedirs(root + folder)
         _mount(folder, root + folder, None, MS_BIND | MS_REC)
         for packages in _installed_packages(folder):
@@ -241,9 +244,9 @@ def _drop_capabilities():
     _syscall(CAPSET, "capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
 
 
-def _limit_resources(memory_mb, file_bytes):
+def _limit_resources(memory, file_bytes):
     limits = {
-        resource.RLIMIT_AS: memory_mb << 20,
+        resource.RLIMIT_AS: memory,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: MAX_DESCRIPTORS,
@@ -301,7 +304,7 @@ def _landlock(scratch):
         _syscall(LANDLOCK_ADD_RULE, "landlock", rules, 1, ctypes.byref(rule), 0)
         os.close(folder)
 
-    for folder in _library_folders():
+    for folder in LIBRARY_FOLDERS:
         allow(folder, READ_DIR)  # import lists it; what lies beneath is opened up one by one
         for entry in os.scandir(folder):
             # Debian links some files to others that need not be there.
@@ -319,24 +322,28 @@ _EMPTY = 40  # the size that tmpfs gives a folder without entries
 
 
 def wipe_scratch():
-    """Empties the scratch folder, however deep, long-named or unreadable its contents are."""
+    """Empties the scratch folder, however deep, long-named or unreadable its contents are. It stays the current one."""
     if os.stat(SCRATCH).st_size == _EMPTY:
         return
-    scratch = SCRATCH.encode()
-    while names := os.listdir(scratch):
-        for path in [os.path.join(scratch, name) for name in names]:
-            if not _is_folder(path):
-                os.unlink(path)
+    os.chdir(SCRATCH)
+    depth = 0  # of the current folder; there is no long path and no recursion
+    while True:
+        for name in os.listdir(b"."):
+            if not _is_folder(name):
+                os.unlink(name)
                 continue
-            os.chmod(path, 0o700)
-            # Folders within it move up instead of being descended into: no path gets long, no recursion deep.
-            for inner in [os.path.join(path, name) for name in os.listdir(path)]:
-                if _is_folder(inner):
-                    os.chmod(inner, 0o700)
-                    os.rename(inner, os.path.join(scratch, os.urandom(16).hex().encode()))
-                else:
-                    os.unlink(inner)
-            os.rmdir(path)
+            os.chmod(name, 0o700)
+            try:
+                os.rmdir(name)
+            except OSError:  # it is not empty yet
+                os.chdir(name)
+                depth += 1
+                break
+        else:
+            if depth == 0:
+                return
+            os.chdir("..")
+            depth -= 1
 
 
 def _is_folder(path):

@@ -53,6 +53,8 @@ class Solution:
         """Sends the program's texts and returns the first answer."""
         try:
             self.channel.send_trusted(fields)
+        except wire.CannotCross as error:
+            self._break("error", f"in the program's text: {error}")
         except ConnectionError:
             pass  # it died early: reading tells how
         return self._receive()
@@ -112,7 +114,9 @@ class Solution:
 
 def explain(kind, content):
     """Returns status and detail for an answer that is no value and no exception of a call."""
-    text = str(content[0]) if content else ""
+    if not all(type(part) is str for part in content):
+        return "error", "the solution wrote to the channel itself"
+    text = content[0] if content else ""
     if kind == "exited":
         return "crashed", f"the solution called sys.exit({text})"
     if kind == "not compiled":
@@ -132,13 +136,15 @@ def _explain_exit(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGXCPU:
             return "timeout", "the solution used up its processor time"
-        return "crashed", f"the solution process died by {signal.Signals(number).name}"
+        name = signal.Signals(number).name if number in signal.Signals.__members__.values() else f"signal {number}"
+        return "crashed", f"the solution process died by {name}"
     return "crashed", f"the solution process exited with status {os.WEXITSTATUS(status)}"
 
 
 def _exception(name, message):
     kind = getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+    # The two that end an iteration would end the tests' own, `all(map(candidate, inputs))`, as if all had been seen
+    if name in ("StopIteration", "StopAsyncIteration") or not (isinstance(kind, type) and issubclass(kind, Exception)):
         return SolutionError(f"{name}: {message}")
     try:
         return kind(message)
@@ -166,6 +172,8 @@ class Judge:
         start = time.monotonic()
         if "random" in tests or "random" in setup:
             random.seed()  # whatever the last tests left
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed()  # a solution starts from the state that the worker was forked with
         solution = Solution(self.control)
         self.late = False
         try:
@@ -182,6 +190,7 @@ class Judge:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             solution.stop()
+            solution.raised = None  # its traceback holds all that the tests held
         if self.late:
             status, detail = "timeout", f"no verdict within {self.timeout:g} s"
         elif solution.fault:
@@ -201,9 +210,9 @@ class Judge:
 
     def _inline(self, solution, source, tests, entry_point, setup):
         kind, *content = solution.load(source, entry_point, setup, tests)
-        if kind not in ("passed", "failed", "error", "out_of_memory") or len(content) != 1:
-            return explain(kind, content)
-        return kind, f"{content[0]}"
+        if kind in ("passed", "failed", "error", "out_of_memory") and len(content) == 1 and type(content[0]) is str:
+            return kind, content[0]
+        return explain(kind, content)
 
 
 @functools.lru_cache(maxsize=512)
@@ -233,6 +242,8 @@ def run_tests(candidate, entry_point, setup, tests, namespace=None):
         name = type(error).__name__
         where = _place(error.__traceback__, tests)
         return "failed", f"{name}: {where}" if where else f"{name}: {error}", error
+    finally:
+        namespace.clear()  # its functions hold it, and it holds what they answered
     return "passed", "", None
 
 

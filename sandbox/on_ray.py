@@ -98,7 +98,8 @@ class RaySandbox:
             process is connected to Ray already.
         actors (`int`, *optional*): Actors on each node, which share its cores. Defaults to one.
         timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
-        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use, at least 64.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside the
+            interpreter that it finds, at least 64.
         isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that each node's kernel offers and
             warns about what is missing; `"strict"` leaves out nodes where anything is missing.
 

@@ -26,9 +26,9 @@ ALLOWED = {
     # open descriptors
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "lseek": (8, 62), "close": (3, 57), "close_range": (436, 436), "fstat": (5, 80),
-    "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fcntl": (72, 25), "fsync": (74, 82),
-    "fdatasync": (75, 83), "ftruncate": (77, 46), "getdents64": (217, 61), "pipe": (22, None), "pipe2": (293, 59),
-    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fsync": (74, 82), "fdatasync": (75, 83),
+    "ftruncate": (77, 46), "getdents64": (217, 61), "pipe": (22, None), "pipe2": (293, 59), "poll": (7, None),
+    "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
     # names of files, as far as mounts and Landlock let them
     "open": (2, None), "openat": (257, 56), "stat": (4, None), "lstat": (6, None), "newfstatat": (262, 79),
     "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
@@ -55,9 +55,15 @@ ZYGOTE_ONLY = ("fork", "kill", "wait4", "recvmsg", "chmod", "fchmodat", "prctl",
 PRLIMIT64 = (302, 261)
 # Python asks terminals and descriptors with ioctl, and takes this answer well.
 IOCTL = (16, 29)
+# Descriptors may be copied, asked and made not to block. Owners, signals, leases and notices are refused: by them a
+# descriptor makes the kernel send signals to other processes, or holds up whoever opens a file of the library.
+FCNTL = (72, 25)
+F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
+O_ASYNC = 0x2000
 
 LOAD, JUMP_EQUAL, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # classic BPF
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data (little-endian)
+# Offsets in struct seccomp_data (little-endian)
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = 0, 4, 16, 24, 32
 
 
 class _Instruction(ctypes.Structure):
@@ -92,6 +98,18 @@ def zygote_filter():
         (JUMP_EQUAL, 0, 4, PRLIMIT64[column]),
         (LOAD, 0, 0, FIRST_ARGUMENT),
         (JUMP_EQUAL, 0, 1, 0),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, ERRNO | errno.EPERM),
+        (JUMP_EQUAL, 0, 11, FCNTL[column]),
+        (LOAD, 0, 0, SECOND_ARGUMENT),
+        (JUMP_EQUAL, 7, 0, F_DUPFD),
+        (JUMP_EQUAL, 6, 0, F_GETFD),
+        (JUMP_EQUAL, 5, 0, F_SETFD),
+        (JUMP_EQUAL, 4, 0, F_GETFL),
+        (JUMP_EQUAL, 3, 0, F_DUPFD_CLOEXEC),
+        (JUMP_EQUAL, 0, 3, F_SETFL),
+        (LOAD, 0, 0, THIRD_ARGUMENT),
+        (JUMP_ANY_BIT, 1, 0, O_ASYNC),
         (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, ERRNO | errno.EPERM),
     ]

@@ -38,7 +38,7 @@ NUMPY = "numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random".sp
 
 def worker(number, descriptor, settings):
     """Becomes the judge of a new worker, after forking its zygote. Never returns."""
-    pin(number)
+    pin(number + settings["caller"])
     ours, theirs = socket.socketpair()
     pids_failure = cage.separate_pids()
     cage.die_with_parent()
@@ -65,7 +65,10 @@ def worker(number, descriptor, settings):
 
 
 def pin(number):
-    """Keeps a worker on one core: its processes take turns, and waking one on another core costs them a fifth."""
+    """Keeps a worker on one core: its processes take turns, and waking one on another core costs them a fifth.
+
+    The number counts from the caller's process id, so that the few workers of several callers are on different cores.
+    """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
@@ -74,9 +77,10 @@ def pin(number):
 def serve(control, caller, settings):
     """Starts and replaces workers as the caller asks, until the caller is gone; then ends them all."""
     workers = {}  # number: pid
+    poll = select.poll()  # select would refuse a descriptor above 1,023, which a caller with many files gives
+    poll.register(control, select.POLLIN)
     while os.getppid() == caller:
-        ready, _, _ = select.select([control], [], [], 0.5)
-        if ready:
+        if poll.poll(500):
             message, descriptors, _, _ = socket.recv_fds(control, 5, 1)
             if not message:
                 break

@@ -38,6 +38,7 @@ def zygote(control, limit_child, has_scratch):
         limit_child (`Callable[[], None]`): what must be set anew in each solution process.
         has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a namespace ignores what it does not handle
     gc.collect()
     fillers = fill_pools()  # noqa: F841
     gc.freeze()

@@ -4,6 +4,7 @@ Every program claims to define `f` with `f(3) == SECRET`, which none can know, u
 `|` separates the verdicts allowed where kernels differ. Not covered here: running them (test_attacks.py).
 """
 
+import os
 import sys
 import textwrap
 
@@ -115,6 +116,17 @@ FALSE_PASS = {
     "keyboard interrupt": attack("error", "def f(x): raise KeyboardInterrupt"),
     "generator exit": attack("error", "def f(x): raise GeneratorExit"),
     "stop iteration": attack("error", "def f(x): raise StopIteration", "list(map(f, [1, 2]))\nassert f(3) == 1"),
+    "stop iteration that ends a test's iteration": attack(
+        "error", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [1, 2]))"
+    ),
+    "stop iteration that ends a test's loop": attack(
+        "error", "def f(x): raise StopIteration", "for got, wanted in zip(map(f, [1, 2]), [3, 4]):\n    assert got == wanted"
+    ),
+    "exit code of 10,000 digits": attack(
+        "error",
+        "import os\ndef f(x):\n    data = b'[\"exited\",{\"int\":\"0x' + b'f' * 10000 + b'\"}]'\n    os.write(3, len(data).to_bytes(4, 'little') + data)",
+        "try:\n    f(3)\nexcept Exception:\n    pass",
+    ),
     "exception whose text raises": attack(
         "error", "class E(Exception):\n    def __str__(self): raise SystemExit\ndef f(x): raise E"
     ),
@@ -191,6 +203,14 @@ ESCAPES = {
     "kill everybody": raises("os.kill(-1, 9)"),
     "kill the parent": raises("os.kill(os.getppid(), 9)"),
     "kill the group": raises("os.killpg(0, 9)"),
+    "signals of a descriptor to another": raises("fcntl.fcntl(3, 8, 1)", "import fcntl"),  # F_SETOWN
+    "signal of a descriptor chosen": raises("fcntl.fcntl(3, 10, 9)", "import fcntl"),  # F_SETSIG
+    "signals of a descriptor switched on": raises("fcntl.fcntl(3, fcntl.F_SETFL, 0x2000)", "import fcntl"),  # O_ASYNC
+    "lease of a file": raises("fcntl.fcntl(os.open('x', os.O_CREAT), 1024, 0)", "import fcntl, os"),  # F_SETLEASE
+    "notice of changes": raises("fcntl.fcntl(os.open('.', 0), 1026, 1)", "import fcntl, os"),  # F_NOTIFY
+    "descriptor copied and asked": attack(
+        "passed", "import fcntl, os\nf = lambda x: fcntl.fcntl(fcntl.fcntl(1, fcntl.F_DUPFD, 9), fcntl.F_GETFL) & 3", "assert f(3) == 2"
+    ),
     "pidfd": raises("os.pidfd_open(1)"),
     "become root": raises("os.setuid(0)"),
     "new namespaces": libc("unshare(0x10000000)"),
@@ -204,6 +224,15 @@ ESCAPES = {
     "message queue": libc("syscall(240, b'q', 0o102, 0o666, None)"),
     "memory file": raises("os.memfd_create('x')"),
     "keyring": libc("syscall(248, b'user', b'x', b'y', 1, -3)"),
+    "system calls of a 32-bit process": attack(  # mov eax, 20 (getpid); int 0x80; ret
+        "crashed", """
+        import ctypes, mmap
+        def f(x):
+            code = mmap.mmap(-1, 4096, prot=7)
+            code.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")
+            return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+        """,
+    ),
     "32-bit system calls": libc("syscall(0x40000000 + 57)"),
     "higher limits": attack(
         "error", "import resource\ndef f(x): resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"
@@ -223,6 +252,19 @@ ESCAPES = {
         """, "assert f(3) is True",
     ),
 }  # fmt: skip
+ONLY_X86 = (
+    "vfork",
+    "clone",
+    "bpf",
+    "shared memory",
+    "message queue",
+    "keyring",
+    "another filter",
+    "32-bit system calls",
+    "system calls of a 32-bit process",
+)
+if os.uname().machine != "x86_64":
+    ESCAPES = {name: escape for name, escape in ESCAPES.items() if name not in ONLY_X86}
 DEEP = "def f(x):\n    v = []\n    for _ in range(10**6):\n        v = [v]\n    return v"
 ABUSES = {
     "endless loop": attack("timeout", "def f(x):\n    while True: pass"),
@@ -273,6 +315,7 @@ ABUSES = {
     "alarm": attack("crashed", "import signal, time\ndef f(x):\n    signal.alarm(1)\n    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    time.sleep(9)"),
     "NUL in the source": attack("error", "f = 1\0"),
     "lone surrogate in the source": attack("error", "f = '\ud800'"),
+    "a source of 17 MB": attack("error", f"f = lambda x: {SECRET}\n#" + "x" * (17 << 20)),
     "5,000 parentheses": attack("error", "f = " + "(" * 5000 + ")" * 5000),
     "5,000 minus signs": attack("error", "f = " + "-" * 5000 + "1"),
     "100,000 terms": attack("error|crashed", "f = lambda x: " + "+".join("x" * 100_000)),
@@ -283,6 +326,7 @@ ABUSES = {
     "reads stdin": attack("error", "f = lambda x: input()"),
     "scratch filled with bytes": attack("error", "def f(x):\n    with open('big', 'wb') as file:\n        while True: file.write(b'x' * 65536)"),
     "scratch filled with files": attack("error", "def f(x):\n    for i in range(10**6): open(str(i), 'w').close()"),
+    "scratch filled by many files": attack("error", "def f(x):\n    for i in range(100): open(str(i), 'wb').write(bytes(1 << 18))"),
     "scratch nested deep": attack("error", "import os\ndef f(x):\n    while True:\n        os.mkdir('d' * 200)\n        os.chdir('d' * 200)"),
     "scratch made unreadable": attack("error", "import os\ndef f(x):\n    os.mkdir('d')\n    os.mkdir('d/e', 0)\n    open('d/e/x', 'w')"),
     "descriptors exhausted": attack("error", "a = []\ndef f(x):\n    while True: a.append(open('x', 'w'))"),

@@ -6,6 +6,7 @@ Not covered here: hostile programs (test_attacks.py) and what crosses (test_wire
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -55,10 +56,12 @@ def test_verdicts_keep_the_order_and_explain(sandbox):
             Program("def f(x:", "assert f(3) == 4", "f"),
             Program("f = lambda x: 1", "assert f(3", "f"),
             Program("import sys\nf = lambda x: 1", "assert f(len) == 1", "f"),
+            Program("f = lambda x: object()", "assert f(1) == 1", "f"),
         ]
     )
     assert [(verdict.status, verdict.passed) for verdict in verdicts] == [
         ("passed", True), ("failed", False), ("error", False), ("error", False), ("error", False), ("error", False),
+        ("error", False),
     ]  # fmt: skip
     details = [verdict.detail for verdict in verdicts]
     assert details[:2] == ["", "AssertionError: line 2 of the tests: assert f(3) == y"]
@@ -66,6 +69,7 @@ def test_verdicts_keep_the_order_and_explain(sandbox):
     assert details[3].startswith("the solution does not compile: SyntaxError")
     assert details[4].startswith("the task's setup or tests do not load: SyntaxError")
     assert "in an argument of the tests: a value of type builtin_function_or_method cannot cross" in details[5]
+    assert details[6] == "in the result: a value of type object cannot cross: only plain builtin values do"
     assert sandbox.run([]) == []
 
 
@@ -253,6 +257,55 @@ def test_many_programs_leave_memory_and_descriptors_where_they_were():
         after = footprint()
         assert (after[0], after[2]) == (processes, descriptors)
         assert after[1] < resident + 2000  # kilobytes, in all processes together
+
+
+@linux_only
+def test_a_judge_keeps_nothing_of_what_a_solution_answered():
+    tests = "def check(candidate): pass\nanswer = f(3)\nassert len(answer) == 1"  # a module with a function is a cycle
+    large = Program("f = lambda x: 'y' * 15_000_000", tests, "f")
+
+    def resident():
+        (judge,) = descendants(sandbox._process.pid)[:1]
+        return int(Path(f"/proc/{judge}/statm").read_text().split()[1]) * 4096
+
+    with Sandbox(workers=1) as sandbox:
+        assert statuses(sandbox, GOOD) == ["passed"]
+        before = resident()
+        assert statuses(sandbox, *[large] * 3) == ["failed"] * 3
+        assert resident() < before + 10_000_000
+
+
+def test_many_tests_that_cannot_be_interrupted_end_in_time_together():
+    busy = Program("f = lambda x: 10 ** 10", "assert sum(range(f(3))) == 1", "f")
+    with Sandbox(workers=12, timeout=0.3) as sandbox:
+        started = time.monotonic()
+        verdicts = sandbox.run([busy] * 12)
+        seconds = time.monotonic() - started
+        assert [verdict.status for verdict in verdicts] == ["timeout"] * 12
+        assert 0.3 < max(verdict.seconds for verdict in verdicts) < seconds < 4
+        assert statuses(sandbox, *[GOOD] * 12) == ["passed"] * 12
+
+
+def test_numpy_costs_no_solution_its_memory():
+    """A worker that has loaded numpy keeps it; what a program may use stays the same."""
+    source = "def f(x):\n    memory = bytearray(50 << 20)\n    return x + 1\n"
+    plain, with_numpy = (Program(prelude + source, GOOD.tests, "f") for prelude in ("", "# numpy\n"))
+    with Sandbox(workers=1, memory_mb=64) as sandbox:
+        assert statuses(sandbox, plain, with_numpy, plain) == ["passed"] * 3
+
+
+@linux_only
+def test_a_caller_with_many_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Sandbox(workers=1) as sandbox:
+            assert statuses(sandbox, GOOD) == ["passed"]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_isolation_is_reported_and_strict_refuses_what_auto_warns_about(sandbox):
