@@ -47,7 +47,7 @@ SIDES = {
     "RLOOTrainer, no checkpointing": (RLOOTrainer, RLOOConfig, {"gradient_checkpointing": False}),
     "GRPOTrainer": (GRPOTrainer, GRPOConfig, {}),
     "one at a time": None,
-    "ReinforceTrainer": (ReinforceTrainer, ReinforceConfig, {"gradient_checkpointing": False}),
+    "ReinforceTrainer": (ReinforceTrainer, ReinforceConfig, {}),
 }
 OURS = "ReinforceTrainer"
 PHASES = {

@@ -1,5 +1,6 @@
 """Runs that are killed, fill the disk, or meet a broken reward: what they leave and how they go on."""
 
+import asyncio
 import multiprocessing
 import os
 import resource
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trainers.checkpoints
 from datasets import Dataset
 from peft import LoraConfig
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
@@ -66,6 +68,14 @@ def train(stage, folder, output_dir, kill_in=None, kill_at_step=None, file_bytes
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     default_class = STAGES[stage][0]
+    rotate_checkpoints = trainers.checkpoints.rotate_checkpoints
+
+    def rotate(folder, *args, **kwargs):
+        if kill_in == "rotation" and last_checkpoint(folder).endswith(f"-{kill_at_step}"):
+            os.kill(os.getpid(), signal.SIGKILL)  # complete, and the one before it is still there
+        rotate_checkpoints(folder, *args, **kwargs)
+
+    trainers.checkpoints.rotate_checkpoints = rotate
 
     def reward(trainer_state, **kwargs):
         if kill_in == "rollout" and trainer_state.global_step == kill_at_step:
@@ -103,8 +113,8 @@ def exit_code(*args):
 @pytest.mark.parametrize(
     "stage, kills",
     [
-        ("reinforce", [("rollout", 1), ("checkpoint", 3), ("loss", 4)]),
-        ("ppo_clip", [("loss", 1), ("checkpoint", 3), ("rollout", 6)]),
+        ("reinforce", [("rollout", 1), ("checkpoint", 3), ("rotation", 4), ("loss", 4)]),
+        ("ppo_clip", [("loss", 1), ("rotation", 3), ("checkpoint", 4), ("rollout", 6)]),
     ],
 )
 def test_a_killed_run_ends_with_the_adapter_of_an_unbroken_one(tmp_path, tiny_folder, stage, kills):
@@ -132,12 +142,13 @@ def test_a_seed_gives_one_adapter_and_another_seed_another(tmp_path, tiny_folder
     assert adapter("a", 1) == adapter("b", 1) != adapter("c", 2)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny_folder):
+@pytest.mark.parametrize("too_large", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny_folder, too_large):
     folder = tmp_path / "run"
     assert exit_code("reinforce", tiny_folder, folder, "loss", 2) == -signal.SIGKILL
     kept = {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()}
-    largest = (folder / "checkpoint-2" / "optimizer.pt").stat().st_size
-    assert exit_code("reinforce", tiny_folder, folder, None, None, largest - 1) == 1
+    size = (folder / "checkpoint-2" / too_large).stat().st_size
+    assert exit_code("reinforce", tiny_folder, folder, None, None, size - 1) == 1
     error = (folder / "error").read_text()
     assert "training stopped after 3 steps: the checkpoint" in error and "could not be written" in error
     assert f"The last complete checkpoint is {folder / 'checkpoint-2'}" in error
@@ -145,13 +156,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, tiny_folder):
     assert {path.name: path.read_bytes() for path in (folder / "checkpoint-2").iterdir()} == kept
 
 
-def test_a_dead_reward_function_says_where_to_continue(tmp_path, tiny_folder):
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_dead_reward_function_says_where_to_continue(tmp_path, tiny_folder, is_async):
     def reward(trainer_state, completions, **kwargs):
         if trainer_state.global_step == 2:
             raise ConnectionError("no grader answers")
         return [float(len(completion)) for completion in completions]
 
-    trainer = build("reinforce", str(tiny_folder), tmp_path, reward)
+    async def async_reward(**kwargs):
+        await asyncio.sleep(0)
+        return reward(**kwargs)
+
+    async_reward.__name__ = "reward"
+    trainer = build("reinforce", str(tiny_folder), tmp_path, async_reward if is_async else reward)
     with pytest.raises(RuntimeError) as error:
         trainer.train()
     assert str(error.value) == (
@@ -160,11 +177,14 @@ def test_a_dead_reward_function_says_where_to_continue(tmp_path, tiny_folder):
     )
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, tiny_folder):
+@pytest.mark.parametrize(
+    "value, message", [(float("inf"), "the loss is -?inf"), (1e36, "the gradient's norm is inf: try a lower")]
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(tmp_path, tiny_folder, value, message):
     def reward(trainer_state, completions, **kwargs):
-        return [float("inf") if trainer_state.global_step == 1 else 1.0 for _ in completions]
+        return [value if trainer_state.global_step == 1 else 1.0 for _ in completions]
 
     trainer = build("reinforce", str(tiny_folder), tmp_path, reward)
-    with pytest.raises(RuntimeError, match=r"stopped after 1 steps: the loss is -?inf.*checkpoint-1$"):
+    with pytest.raises(RuntimeError, match=rf"stopped after 1 steps: {message}.*checkpoint-1$"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())

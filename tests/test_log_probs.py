@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from trainers import add_cpu_lm_head
+from transformers import MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 
@@ -72,6 +73,53 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(
     # fp32's rounding alone is 1e-5 of them on some processors
     assert (adapter_gradients(model) - expected_gradients).norm() < 1e-4 * expected_gradients.norm()
     assert torch.equal(output.label_mask, batch["labels"][:, 1:] != -100)
+
+
+def test_no_padding_and_a_shared_prompt_once(tiny_model, batch):
+    lengths = []
+    tiny_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    model = with_adapter(tiny_model)
+    add_fused_lm_head(tiny_model)
+    add_cpu_lm_head(tiny_model)
+    model(**batch, fused_lm_head=True)
+    prompts = batch["attention_mask"][[0, 3, 5], :PROMPT_LENGTH].sum()
+    assert lengths == [(1, prompts + batch["attention_mask"][:, PROMPT_LENGTH:].sum())]
+
+
+def test_nothing_to_score_is_a_zero_with_a_gradient(tiny_model, batch):
+    """As of a micro-batch whose completions are all cut off, with `mask_truncated_completions`."""
+    batch["attention_mask"][:, PROMPT_LENGTH:] = 0
+    batch["labels"][:] = -100
+    model = with_adapter(tiny_model)
+    add_fused_lm_head(tiny_model)
+    add_cpu_lm_head(tiny_model)
+    log_probs = model(**batch, fused_lm_head=True).log_probs
+    assert torch.equal(log_probs, torch.zeros(8, 10))
+    log_probs.sum().backward()
+    assert not adapter_gradients(model).any()
+
+
+def test_a_sliding_window_is_kept(batch):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=3,
+        initializer_range=0.3,
+    )
+    model = MistralForCausalLM(config).requires_grad_(False)
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
+    add_fused_lm_head(model)
+    add_cpu_lm_head(model)
+    torch.testing.assert_close(model(**batch, fused_lm_head=True).log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_base_agrees_with_fp32_to_bf16_accuracy(tiny_model, batch):

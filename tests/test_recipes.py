@@ -164,10 +164,26 @@ def test_killed_run_continues_from_its_checkpoint(tmp_path, tiny_folder):
     assert 20 - reached <= steps_logged < 20, "it went on, and did not start again"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("accelerate_configs/*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_config(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes >= config.num_machines
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("cpu", "NO"),
+        ("cpu_2proc", "MULTI_GPU"),  # the name under which accelerate starts processes by itself
+        ("single_gpu", "NO"),
+        ("multi_gpu", "MULTI_GPU"),
+        ("fsdp2", "FSDP"),
+        ("zero2", "DEEPSPEED"),
+        ("zero3", "DEEPSPEED"),
+        ("multi_node", "MULTI_GPU"),
+    ],
+)
+def test_accelerate_reads_every_config(name, kind):
+    config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
+    assert config.distributed_type == kind and config.num_processes >= config.num_machines
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,20 @@ def test_samples_follow_the_warped_distribution(temperature, top_p, top_k, vocab
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 4 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
+def test_a_prompt_is_prefilled_once_and_rows_that_have_ended_are_not_computed(tiny_model, tiny_tokenizer):
+    shapes = []
+    tiny_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
+    torch.manual_seed(0)
+    completions = generate_completions(tiny_model, prompt_ids, list(range(20)), 24)
+    lengths = [len(completion) for completion in completions]
+    assert len(set(lengths)) > 2
+    live = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert shapes == [(4, max(map(len, prompt_ids))), *((rows, 1) for rows in live)]
+
+
 def test_seed_reproduces_samples(tiny_model, tiny_tokenizer):
     prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
 

@@ -11,6 +11,7 @@ from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, generate_completions
 from trainers.adapters import base_comes_back
+from trainers.learning_signal import SignalWatch
 from transformers import TrainerCallback
 
 
@@ -67,9 +68,9 @@ def test_rewards_are_computed_beside_the_log_probabilities(tmp_path, tiny_model,
             scored.clear()
             return super()._roll_out(tasks)
 
-        def _completion_logps(self, model, batch):
+        def _completion_logps(self, *args, **kwargs):
             try:
-                return super()._completion_logps(model, batch)
+                return super()._completion_logps(*args, **kwargs)
             finally:
                 scored.set()
 
@@ -188,21 +189,32 @@ def test_metrics_of_a_step(tmp_path, tiny_model, capsys):
     assert "import re" in printed and "verdict" in printed, "log_completions prints a table"
 
 
-def test_approx_kl_is_of_the_old_policy_to_the_new(tmp_path, tiny_model):
+def test_approx_kl_is_of_the_old_policy_to_the_new_and_only_what_is_clipped_counts(tmp_path, tiny_model):
     trainer = build(PPOClipTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
-    old, new = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
-    trainer.policy_loss(new, {"old_logps": old, "advantages": torch.tensor([1.0, -1.0])})
-    log_ratio = new - old
-    expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
-    assert trainer._metrics["train"]["approx_kl"] == [pytest.approx(expected)]
+    log_ratio = torch.tensor([-0.5, -0.5, 0.1, 1.0, 1.0, 1.0])
+    old = torch.arange(-6.0, 0.0)
+    advantages = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, -1.0])  # clipped are the second, the fourth and the fifth
+    trainer.policy_loss(old + log_ratio, {"old_logps": old, "advantages": advantages})
+    ratio = log_ratio.exp()
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert metrics == pytest.approx(
+        {
+            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
+            "clip_ratio/low_mean": 1 / 6,
+            "clip_ratio/high_mean": 2 / 6,
+            "clip_ratio/region_mean": 3 / 6,
+            "ratio/min": ratio.min().item(),
+            "ratio/max": ratio.max().item(),
+        }
+    )
 
 
 @pytest.mark.parametrize(
     "pass_rate, message", [(0.0, "no completion has passed"), (1.0, "every completion has passed")]
 )
 def test_a_run_without_signal_says_so_once(tmp_path, tiny_model, caplog, pass_rate, message):
-    def reward(completion_ids, log_metric, **kwargs):
-        log_metric("pass_rate", pass_rate)
+    def reward(completion_ids, log_extra, **kwargs):
+        log_extra("verdict", ["passed" if pass_rate else "failed"] * len(completion_ids))
         return [pass_rate - len(ids) / 100 for ids in completion_ids]
 
     build(ReinforceTrainer, tiny_model, tmp_path, reward, max_steps=7).train()
@@ -210,16 +222,83 @@ def test_a_run_without_signal_says_so_once(tmp_path, tiny_model, caplog, pass_ra
     assert len(warnings) == 1 and message in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "rollouts, group_size, message",
+    [
+        ([[True], [False]] * 3, None, None),  # one completion a rollout, no baseline
+        ([[True], [False]] * 3, 1, "all pass or none does"),  # and its own reward as its baseline
+        ([[True, True, False, False]] * 5, 2, "all pass or none does"),  # groups of a prompt
+        ([[True, True, False, False]] * 5, 4, None),
+        ([[True, True, False, False]] * 4 + [[True, False, False, False]], 2, None),
+        ([[True, True]] * 4, 2, None),  # too few rollouts to say
+        ([[0.5, 0.5, 0.1, 0.1]] * 5, 2, "all rewards that are compared with each other are the same"),
+        ([[0.5, 0.4, 0.1, 0.1]] * 5, 2, None),
+    ],
+)
+def test_signal_is_a_difference_within_what_is_compared(caplog, rollouts, group_size, message):
+    watch = SignalWatch()
+    for outcomes in rollouts:
+        watch.note(outcomes, group_size)
+    assert [message in record.message for record in caplog.records] == ([True] if message else [])
+
+
+def test_groups_that_all_pass_or_all_fail_are_noticed_under_a_length_penalty(tmp_path, tiny_model, caplog):
+    def reward(prompts, completion_ids, log_extra, **kwargs):
+        passed = [prompt in PROMPTS[:2] for prompt in prompts]
+        log_extra("verdict", ["passed" if ok else "failed" for ok in passed])
+        return [ok - len(ids) / 100 - i / 1000 for i, (ok, ids) in enumerate(zip(passed, completion_ids, strict=True))]
+
+    group = {"baseline": "group", "num_generations": 2}
+    build(ReinforceTrainer, tiny_model, tmp_path, reward, max_steps=6, **group).train()
+    assert "all pass or none does" in caplog.text
+
+
 def test_a_run_with_signal_does_not_warn(tmp_path, tiny_model, caplog):
     build(ReinforceTrainer, tiny_model, tmp_path, lambda prompts, **kwargs: [1.0, 0.0, 0.0, 1.0], max_steps=7).train()
     assert "carry no signal" not in caplog.text
 
 
-def test_model_card(tmp_path, tiny_model):
-    trainer = build(PPOClipTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
+@pytest.mark.parametrize(
+    "trainer_class, texts",
+    [(PPOClipTrainer, ("PPO-Clip", "1707.06347")), (ReinforceTrainer, ("REINFORCE", "Williams"))],
+)
+def test_model_card(tmp_path, tiny_model, trainer_class, texts):
+    trainer = build(trainer_class, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
-    assert "PPO-Clip" in card and "1707.06347" in card
+    assert all(text in card for text in texts)
+
+
+def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path, tiny_model):
+    """vLLM does not run here: in its place stands what TRL does to the policy on its behalf."""
+
+    class Engine:
+        temperature = 0.8
+        temperatures = []
+
+        def sync_weights(self):
+            trainer.model.merge_adapter()
+            trainer.model.unmerge_adapter()
+
+        def generate(self, prompts, **kwargs):
+            self.temperatures.append(self.temperature)
+            return prompts, [[5, 6, 1] for _ in prompts], None, None
+
+    trainer = build(
+        ReinforceTrainer,
+        tiny_model.to(torch.bfloat16),
+        tmp_path,
+        lambda completions, **kwargs: [float(i) for i in range(len(completions))],
+        trainer_args={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
+        temperature=0.8,
+        max_steps=3,
+    )
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    trainer.evaluate()
+    assert Engine.temperatures == [0.8, 0.8, 0.8, 0.0]
+    assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in before.items())
 
 
 def test_a_merged_base_comes_back_bit_for_bit(tiny_model):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, keep_adapter_in_fp32
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n\n\ndef long_name(x):\n", "b"]
@@ -55,19 +56,20 @@ def train_with_sgd(trainer_class, config, model, learning_rate):
     return reward, trainer
 
 
+def log_prob(model, tokenizer, prompt, completion):
+    """Of a whole completion, by a plain forward of it alone."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    logits = model(torch.tensor([prompt_ids + completion])).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(completion)), completion].sum()
+
+
 def reference_update(model, tokenizer, rollout, learning_rate, num_epochs, loss_of):
-    """The independent reference: plain forwards of each row alone, a loss, a step of SGD."""
+    """The independent reference: plain forwards, a loss, a step of SGD."""
     prompts, completion_ids, rewards = rollout
     parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def log_prob(prompt, completion):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        logits = model(torch.tensor([prompt_ids + completion])).logits[0, len(prompt_ids) - 1 : -1]
-        return logits.log_softmax(-1)[range(len(completion)), completion].sum()
-
     old = None
     for _ in range(num_epochs):
-        log_probs = torch.stack([log_prob(*row) for row in zip(prompts, completion_ids, strict=True)])
+        log_probs = torch.stack([log_prob(model, tokenizer, *row) for row in zip(prompts, completion_ids, strict=True)])
         old = log_probs.detach() if old is None else old
         gradients = torch.autograd.grad(loss_of(log_probs, old, torch.tensor(rewards)), parameters)
         with torch.no_grad():
@@ -196,23 +198,29 @@ def test_extreme_ratio_is_reported_and_stays_finite(tmp_path, tiny_model):
     assert trainer._metrics["train"]["ratio/max"] == [pytest.approx(4.85e8, rel=0.01)]
 
 
-def test_adapter_masters_are_fp32_and_a_step_at_5e_6_survives(tmp_path, tiny_model):
+def test_adapter_masters_are_fp32_and_a_step_at_5e_6_is_that_of_an_fp32_model(tmp_path, tiny_model):
     """TRL casts the adapter of a quantised base to bf16, where this step would round to nothing."""
-    model = policy(tiny_model.to(torch.bfloat16))
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)  # what TRL does
-    keep_adapter_in_fp32(model, before)
-    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
-    config = ReinforceConfig(
-        str(tmp_path), per_device_train_batch_size=4, learning_rate=5e-6, max_steps=1, **{**COMMON, "bf16": True}
-    )
-    ReinforceTrainer(model, RecordingReward(), config, train_dataset=dataset()).train()
-    changes = torch.cat([(model.get_parameter(name) - value).abs().flatten() for name, value in before.items()])
-    # AdamW's first step is the learning rate, whatever the gradient
-    torch.testing.assert_close(changes[changes > 0].median(), torch.tensor(5e-6), rtol=0.01, atol=0)
-    assert (changes > 0).float().mean() > 0.9
+
+    class Trainer(ReinforceTrainer):
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+            return [[2 + (37 * token) % 200 for token in ids[:5]] for ids in prompt_ids]
+
+    def changes(model, bf16):
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        model.is_loaded_in_4bit = bf16  # all that TRL asks before it casts
+        config = ReinforceConfig(
+            str(tmp_path), per_device_train_batch_size=4, learning_rate=5e-6, max_steps=1, **{**COMMON, "bf16": bf16}
+        )
+        trainer = Trainer(model, RecordingReward(), config, train_dataset=dataset())
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items()), "not rounded"
+        trainer.train()
+        return torch.cat([(model.get_parameter(name) - value).flatten() for name, value in before.items()])
+
+    half = changes(policy(copy.deepcopy(tiny_model).to(torch.bfloat16)), bf16=True)
+    full = changes(policy(tiny_model.to(torch.bfloat16).float()), bf16=False)
+    # AdamW's first step is the learning rate in the direction of each gradient's sign
+    torch.testing.assert_close(half.abs().median(), torch.tensor(5e-6), rtol=0.01, atol=0)
+    assert (half.sign() == full.sign()).float().mean() > 0.95
 
 
 def test_saved_adapter_is_the_trained_one(tmp_path, tiny_model, tiny_folder):
@@ -231,13 +239,105 @@ def test_saved_adapter_is_the_trained_one(tmp_path, tiny_model, tiny_folder):
     assert all(torch.equal(loaded.get_parameter(name), p) for name, p in trained.items())
 
 
-def test_kl_to_the_adapter_it_started_from_is_zero_at_first(tmp_path, tiny_model):
-    config = ReinforceConfig(
-        str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=0.05, beta=0.1, **COMMON
+@pytest.mark.parametrize("full", [False, True])
+def test_kl_to_the_policy_it_started_from_is_subtracted_from_the_reward(tmp_path, tiny_model, tiny_tokenizer, full):
+    model = tiny_model if full else policy(tiny_model)
+    reference = copy.deepcopy(model)
+    rewards = []
+
+    class Trainer(ReinforceTrainer):
+        def advantages(self, penalized, num_generations):
+            rewards.append((penalized, copy.deepcopy(model.state_dict())))
+            return super().advantages(penalized, num_generations)
+
+    config = ReinforceConfig(str(tmp_path), per_device_train_batch_size=4, max_steps=2, beta=0.1, **COMMON)
+    reward, trainer = train_with_sgd(Trainer, config, model, 0.05)
+    policy_then = copy.deepcopy(reference)
+    for (prompts, completion_ids, plain), (penalized, weights) in zip(reward.rollouts, rewards, strict=True):
+        policy_then.load_state_dict({name: weights[name] for name in policy_then.state_dict()})
+        kl = torch.stack(
+            [
+                log_prob(policy_then, tiny_tokenizer, *row) - log_prob(reference, tiny_tokenizer, *row)
+                for row in zip(prompts, completion_ids, strict=True)
+            ]
+        )
+        torch.testing.assert_close(penalized, torch.tensor(plain) - 0.1 * kl, rtol=1e-4, atol=1e-5)
+    logged = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert logged[0] == pytest.approx(0.0, abs=1e-6)
+    assert abs(logged[1]) > 1e-3
+    assert logged[1] == pytest.approx(kl.sum().item() / sum(map(len, completion_ids)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config_class, settings, num_forwards",
+    [
+        (ReinforceTrainer, ReinforceConfig, {"max_steps": 2}, 4),
+        (PPOClipTrainer, PPOClipConfig, {"max_steps": 3, "num_iterations": 3}, 6),
+        # Two steps a rollout: the policy moves before the second, so old log-probabilities take a forward of their own
+        (PPOClipTrainer, PPOClipConfig, {"max_steps": 4, "num_iterations": 1, "steps_per_generation": 4}, 8 + 8),
+    ],
+)
+def test_no_forward_more_than_needed(tmp_path, tiny_model, trainer_class, config_class, settings, num_forwards):
+    """Of the policy: one for each micro-batch of each epoch; old log-probabilities are those of the first epoch."""
+    forwards = []
+
+    class Trainer(trainer_class):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            forwards.append(args)
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    config = config_class(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings, **COMMON
     )
-    reward, trainer = train_with_sgd(ReinforceTrainer, config, policy(tiny_model), 0.05)
-    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
-    assert kl[0] == pytest.approx(0.0, abs=1e-6) and abs(kl[1]) > 1e-4
+    Trainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset(2)).train()
+    assert len(forwards) == num_forwards
+
+
+def test_completions_that_are_cut_off_do_not_count_when_masked(tmp_path, tiny_model):
+    """All of them, of a policy that never stops: no step, and no failure either."""
+
+    class Trainer(ReinforceTrainer):
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+            return [[5, 6, 7] for _ in prompt_ids]
+
+    model = policy(tiny_model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = ReinforceConfig(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=1, mask_truncated_completions=True, **COMMON
+    )
+    Trainer(model, RecordingReward(), config, train_dataset=dataset()).train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny_tokenizer):
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = get_peft_model(Qwen2MoeForCausalLM(config), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    args = ReinforceConfig(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=1, router_aux_loss_coef=0.5, **COMMON
+    )
+    trainer = ReinforceTrainer(
+        model,
+        lambda completions, **kwargs: [0.0] * len(completions),
+        args,
+        train_dataset=dataset(),
+        processing_class=tiny_tokenizer,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["aux_loss"] > 1 and log["loss"] == pytest.approx(0.5 * log["aux_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +349,7 @@ def test_kl_to_the_adapter_it_started_from_is_zero_at_first(tmp_path, tiny_model
         (ReinforceConfig, {"baseline": "critic"}, "baseline is 'critic'"),
         (ReinforceConfig, {"baseline": "group"}, "set num_generations to 2 or more"),
         (ReinforceConfig, {"num_iterations": 2}, "num_iterations is 2"),
+        (ReinforceConfig, {"use_transformers_continuous_batching": True}, "would cast an fp32 adapter to bf16"),
         (ReinforceConfig, {"num_generations": 3}, "must be divisible by num_generations"),
         (PPOClipConfig, {"per_device_train_batch_size": 1}, "a batch of 1 cannot be normalised"),
     ],
@@ -256,6 +357,14 @@ def test_kl_to_the_adapter_it_started_from_is_zero_at_first(tmp_path, tiny_model
 def test_bad_settings_are_refused(tmp_path, config_class, settings, message):
     with pytest.raises(ValueError, match=message):
         config_class(str(tmp_path), **{"per_device_train_batch_size": 4, **COMMON, **settings})
+
+
+def test_activations_are_kept_on_a_cpu_unless_asked_otherwise(tmp_path):
+    settings = {name: value for name, value in COMMON.items() if name != "gradient_checkpointing"}
+    for config_class in (ReinforceConfig, PPOClipConfig):
+        assert not config_class(str(tmp_path), **settings).gradient_checkpointing
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            assert config_class(str(tmp_path), **{name: True}, **settings).activation_checkpointing
 
 
 def test_images_are_refused(tmp_path, tiny_model):

@@ -1,5 +1,6 @@
 """Trains both stages on fixed completions; launched by test_two_processes.py, alone and as two processes."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b", "c = ", "def g():\n", "
 
 
 def rewards(completion_ids, **kwargs):
+    assert len(completion_ids) == 8 // int(os.environ.get("WORLD_SIZE", 1)), "each process grades its own completions"
     return [0.5 - (sum(ids) % 7) / 3 for ids in completion_ids]
 
 

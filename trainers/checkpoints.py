@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from trl.trainer.utils import RepeatSampler
@@ -64,7 +65,7 @@ class CompleteCheckpoints:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before all is written
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError when the disk is full
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own of a full disk
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise self.stopped(f"the checkpoint {folder} could not be written ({error})") from error

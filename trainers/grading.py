@@ -1,8 +1,9 @@
 """
 Reward functions at work beside the trainer: started when the completions exist, collected when the rewards are needed.
 
-The trainer computes log-probabilities meanwhile, so a batch with a slow program in it costs what the longer of the two
-costs. Plain and async functions alike; reward models run on the trainer's device and are left to TRL.
+The trainer computes log-probabilities meanwhile, those of the first micro-batch, whose loss needs the rewards (and of
+all, where PPO needs the old ones beforehand); a batch with a slow program in it costs what the longer of the two costs.
+Plain and async functions alike; reward models run on the trainer's device and are left to TRL.
 """
 
 import asyncio

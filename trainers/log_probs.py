@@ -4,7 +4,8 @@ Log-probabilities of completions on a CPU: TRL's fused LM head, and no token com
 The batch is run as one packed row: no padding, and a prompt that several completions share stands in it once. Only
 completion tokens are scored (TRL's head goes over every position outside of Triton devices), and the gradient is taken
 while the probabilities are at hand, not from logits computed again, in tiles that a cache holds. Covered: frozen LM
-heads (LoRA), models with full attention and plain logits, no gradient checkpointing. Everything else keeps TRL's way.
+heads (LoRA), models with full attention and plain logits, no gradient checkpointing, no load-balancing loss. Everything
+else keeps TRL's way.
 """
 
 import functools
@@ -129,7 +130,8 @@ def _scored_states(model, input_ids, attention_mask, labels) -> torch.Tensor:
     The batch is run as one packed row without padding, in which a prompt that several rows share stands once.
     """
     device = input_ids.device
-    packed, positions, segments, scored = [], [], [], []
+    packed, positions, segments = [], [], []
+    scored = [torch.empty(0, dtype=torch.long, device=device)]  # and none, if all labels are masked
     prompt_slices = {}
     end = 0
     for ids, mask, row_labels in zip(input_ids, attention_mask.bool(), labels, strict=True):
@@ -175,11 +177,15 @@ def _can_be_packed(model: PreTrainedModel) -> bool:
     Not with gradient checkpointing: the layers run again in the backward, when the exchange is over.
     """
     config = model.config.get_text_config()
+    if layer_types := getattr(config, "layer_types", None):
+        sees_everything = set(layer_types) == {"full_attention"}
+    else:
+        sees_everything = getattr(config, "sliding_window", None) is None
     return (
         has_plain_lm_head(model)
         and not (model.training and model.is_activation_checkpointing)
         and model._supports_attention_backend
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and sees_everything
     )
 
 
@@ -205,7 +211,7 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         head = self.get_output_embeddings()
         if not fused_lm_head:
             return trl_forward(*args, **kwargs)
-        if head.weight.requires_grad or not _can_be_packed(self):
+        if head.weight.requires_grad or kwargs.get("output_router_logits") or not _can_be_packed(self):
             return trl_forward(*args, fused_lm_head=True, **kwargs)
         input_ids, attention_mask, labels = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         # Autocast brings activations to bf16 for the adapter's products: PEFT need not bring them to fp32 before

@@ -12,7 +12,6 @@ The private names of TRL this rests on, so that an upgrade has one list to check
 `_tokenizer`; of transformers `_get_grad_norm`; and what `checkpoints.py` names.
 """
 
-import logging
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate.utils import DistributedType, gather, gather_object, is_peft_model
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id, pad, use_adapter
 
@@ -28,13 +28,9 @@ from .adapters import base_comes_back, keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .grading import BackgroundAsyncReward, BackgroundReward, in_background
+from .learning_signal import SignalWatch
 from .log_probs import add_cpu_lm_head
 from .rollout import generate_completions
-
-
-ROLLOUTS_WITHOUT_SIGNAL = 5  # in a row, before a warning
-
-logger = logging.getLogger(__name__)
 
 
 class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer):
@@ -66,7 +62,9 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         )
         super().__init__(model, reward_funcs, args, *trainer_args, quantization_config=quantization_config, **kwargs)
         if is_peft_model(self.model):
-            keep_adapter_in_fp32(self.model, adapter)
+            # ZeRO-3 has fp32 masters of its own, and cannot gather parameters of two dtypes (TRL issue 6089)
+            if not is_deepspeed_zero3_enabled():
+                keep_adapter_in_fp32(self.model, adapter)
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
         if self._rolls_out_on_cpu:
@@ -77,7 +75,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             for function in self.reward_funcs
         ]
         self._ungraded = None  # a rollout and its micro-batches, until their advantages are needed
-        self._rollouts_without_signal = 0
+        self._signal_watch = SignalWatch()
         self._seconds = Counter()
         self._seconds_logged_at = None  # the step; a run may continue at any
 
@@ -87,7 +85,6 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         return (
             self.accelerator.device.type == "cpu"
             and not self.use_vllm
-            and not self.use_transformers_continuous_batching
             and self.min_p is None
             and self.repetition_penalty == 1.0
             and not self.args.generation_kwargs
@@ -159,7 +156,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             )
         if self.use_vllm:
             self.vllm_generation.temperature = self.temperature if sampled else 0.0
-        elif not self.use_transformers_continuous_batching:
+        else:
             self.generation_config.do_sample = sampled
         # TRL merges the adapter to hand the weights to vLLM, after each step once
         merges = (
@@ -245,13 +242,13 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         kl = torch.zeros(len(rollout["prompt_ids"]), device=self.accelerator.device)
         for rows in torch.arange(len(kl)).split(self.args.per_device_train_batch_size):
             batch = self._collate(rollout, rows.tolist())
-            logps, _ = self._completion_logps(self.model, batch)
+            logps, *_ = self._completion_logps(self.model, batch)
             if self.ref_model is not None:
-                ref_logps, _ = self._completion_logps(self.ref_model, batch)
+                ref_logps, *_ = self._completion_logps(self.ref_model, batch)
             else:
                 policy = self.accelerator.unwrap_model(self.model)
                 with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                    ref_logps, _ = self._completion_logps(self.model, batch)
+                    ref_logps, *_ = self._completion_logps(self.model, batch)
             kl[rows] = logps - ref_logps
         return kl
 
@@ -289,23 +286,15 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             self._note_signal(weighted, metrics)
 
     def _note_signal(self, rewards: torch.Tensor, metrics: dict[str, list[float]]) -> None:
-        """Warns of a run in which nothing can be learnt: rewards that are all the same, or none or all that pass."""
-        groups = rewards.view(-1, self.num_generations if self.args.baseline == "group" else len(rewards))
-        without_signal = groups.amax(1) - groups.amin(1) < 1e-8
-        metrics["frac_reward_zero_std"].append(without_signal.float().mean().item())
-        pass_rate = metrics["pass_rate"][-1] if metrics.get("pass_rate") else None
-        if not without_signal.all() and pass_rate not in (0.0, 1.0):
-            self._rollouts_without_signal = 0
-            return
-        self._rollouts_without_signal += 1
-        if self._rollouts_without_signal == ROLLOUTS_WITHOUT_SIGNAL and self.accelerator.is_main_process:
-            what = {
-                0.0: "no completion has passed; with a length penalty the policy learns to write less, not to pass",
-                1.0: "every completion has passed, only their lengths can still improve",
-            }.get(pass_rate, "all rewards that are compared with each other are the same")
-            logger.warning(
-                f"{ROLLOUTS_WITHOUT_SIGNAL} rollouts in a row carry no signal: {what}. Tasks of another difficulty, "
-                "more completions (num_generations) or a higher temperature give rewards that differ"
+        """Counts the groups whose rewards are the same, and warns of a run in which nothing can be learnt."""
+        size = self.num_generations if self.args.baseline == "group" else len(rewards)
+        groups = rewards.view(-1, size)
+        metrics["frac_reward_zero_std"].append((groups.amax(1) - groups.amin(1) < 1e-8).float().mean().item())
+        if self.accelerator.is_main_process:
+            verdicts = self._logs["extra"].get("verdict") if len(self.reward_funcs) == 1 else None
+            self._signal_watch.note(
+                [verdict == "passed" for verdict in verdicts] if verdicts else rewards.tolist(),
+                None if self.args.baseline == "none" and not self.normalize_advantages else size,
             )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
@@ -349,27 +338,40 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             batch["completion_mask"] *= torch.tensor(ended)[:, None]
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} | {"rows": list(rows)}
 
-    def _completion_logps(self, model: PreTrainedModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each whole completion, shape (rows,), and the mean entropy of its tokens, a scalar."""
+    def _completion_logps(
+        self, model: PreTrainedModel, batch: dict, for_loss: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Log-probability of each whole completion, shape (rows,). For the loss also two scalars: the mean entropy of the
+        tokens, and the load-balancing loss of a mixture of experts if it is asked for.
+        """
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         with self._phase("log_probs"):
-            per_token_logps, entropies, _ = self._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, batch["completion_ids"].size(1), compute_entropy=True
+            per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                batch["completion_ids"].size(1),
+                compute_entropy=for_loss,
+                compute_aux_loss=for_loss and self.aux_loss_enabled,
             )
         mask = batch["completion_mask"]
-        entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
-        return (per_token_logps.float() * mask).sum(1), entropy
+        entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1) if for_loss else None
+        return (per_token_logps.float() * mask).sum(1), entropy, aux_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError(f"{type(self).__name__} returns no outputs")
-        logps, entropy = self._completion_logps(model, inputs)
+        logps, entropy, aux_loss = self._completion_logps(model, inputs, for_loss=True)
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["entropy"].append(gather(entropy).mean().item())
         if self._ungraded is not None:
             self._collect_advantages()
         loss = self.policy_loss(logps, inputs)
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+            self._metrics[mode]["aux_loss"].append(gather(aux_loss.detach()).mean().item())
         if not loss.isfinite():
             raise self.stopped(f"the loss is {loss.item()}, so a log-probability or a reward is not a finite number")
         return loss

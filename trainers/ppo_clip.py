@@ -97,7 +97,7 @@ class PPOClipTrainer(PolicyGradientTrainer):
         if num_batches > self.args.gradient_accumulation_steps:
             with torch.no_grad():
                 for batch in batches:
-                    batch["old_logps"], _ = self._completion_logps(self.model, batch)
+                    batch["old_logps"], *_ = self._completion_logps(self.model, batch)
         return batches
 
     def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
