@@ -76,12 +76,13 @@ $(RESULTS)/base/metrics.json: | install
 $(RESULTS)/base/sampled/metrics.json: | $(RESULTS)/base/metrics.json install
 	$(EVALUATE) $(SAMPLED)
 
-$(RESULTS)/%/metrics.json: $(RUNS)/%/adapter_model.safetensors | install
-	$(EVALUATE) --model_name_or_path $(<D)
+# A result stands once it is there: an adapter that is trained again, for another row, does not make it anew
+$(RESULTS)/%/metrics.json: | $(RUNS)/%/adapter_model.safetensors install
+	$(EVALUATE) --model_name_or_path $(RUNS)/$*
 
 # After the greedy evaluation, which wants its folder for itself
-$(RESULTS)/%/sampled/metrics.json: $(RUNS)/%/adapter_model.safetensors | $(RESULTS)/%/metrics.json install
-	$(EVALUATE) --model_name_or_path $(<D) $(SAMPLED)
+$(RESULTS)/%/sampled/metrics.json: | $(RUNS)/%/adapter_model.safetensors $(RESULTS)/%/metrics.json install
+	$(EVALUATE) --model_name_or_path $(RUNS)/$* $(SAMPLED)
 
 # ROW_seed43 is the recipe of ROW with another seed, from the SFT policy of that seed
 row = $(word 1,$(subst _seed, ,$(notdir $(@D))))

@@ -21,10 +21,12 @@ NUM_TASKS, NUM_GENERATIONS, MAX_COMPLETION_LENGTH = 16, 8, 128
 def preference_pairs(model, tokenizer) -> Dataset:
     """Pairs in TRL's format, one for each task whose samples differ in reward."""
     reward, pairs = UnitTestReward(length_penalty=0.01), []
+    ends = model.generation_config.eos_token_id  # chat models have several
+    eos_token_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     for task in load_tasks("humaneval", "train").select(range(NUM_TASKS)):
         prompt_ids = [tokenizer(task["prompt"])["input_ids"]] * NUM_GENERATIONS
         ids = generate_completions(
-            model, prompt_ids, [tokenizer.eos_token_id], MAX_COMPLETION_LENGTH, temperature=0.8, top_p=0.95
+            model, prompt_ids, list(eos_token_ids), MAX_COMPLETION_LENGTH, temperature=0.8, top_p=0.95
         )
         completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
         columns = {name: [task[name]] * NUM_GENERATIONS for name in ("test", "entry_point")}

@@ -1,6 +1,5 @@
 """
-What the stages share before any of them trains: settings that are checked, a model and its adapter, and an output
-directory that belongs to one run.
+What the stages share before any of them trains: settings that are checked, tasks, a model and its adapter.
 
 Everything that can be wrong with the input is found here, before weights are loaded.
 """
@@ -19,14 +18,15 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from accelerate import PartialState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from default_model import DEFAULT_MODEL, default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from rewards import load_tasks  # noqa: E402
-from trainers import last_checkpoint  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 from trl import ModelConfig, TrlParser, get_quantization_config  # noqa: E402
+
+
+MAX_TIMEOUT = 3600  # seconds: the most that a `Sandbox` takes
 
 
 @dataclass
@@ -62,6 +62,7 @@ def parse_settings(*dataclass_types, argv: list[str] | None = None) -> tuple:
         SystemExit: A field is unknown (the nearest valid name is given), a file is missing, or a value is refused.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(dataclass_types)
     valid = {action.dest for action in parser._actions} - {"help"}
     if "use_cpu" in valid and not torch.accelerator.is_available():
@@ -210,6 +211,9 @@ def check_policy(model_args: ModelConfig, adapter: str | None = None, generates:
             "load_in_4bit: a stage that generates cannot use a 4-bit base on a CPU (bitsandbytes repacks its weights at "
             "the first generation, and the packed layers have no gradient): set load_in_4bit to false"
         )
+    dtype = model_args.dtype
+    if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SystemExit(f"dtype is {dtype!r}: write bfloat16, float16, float32 or auto")
     base = adapter_base(adapter) if adapter else None
     model_args.model_name_or_path = model_path(model_args.model_name_or_path)
     if base and os.path.realpath(model_path(base)) != os.path.realpath(model_args.model_name_or_path):
@@ -263,85 +267,33 @@ def load_policy(model_args: ModelConfig, adapter: str | None = None):
     return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model
 
 
-class RunDirectory:
+def check_timeout(seconds: float, most: float = MAX_TIMEOUT) -> None:
     """
-    An output directory that belongs to one run: one stage with one set of settings.
-
-    The same command continues where the run stopped and does nothing when it has finished; another command is refused.
-    A run whose result was removed has not finished.
+    Check the setting `sandbox_timeout`.
 
     Args:
-        path (`str`):
-            The directory; made if it does not exist.
-        stage (`str`):
-            The stage's name.
-        settings (`dict`):
-            The fields that were set, as [`parse_settings`] gives them.
-        result (`str`, *optional*, defaults to `"*.safetensors"`):
-            Name or pattern of the file that a finished run leaves in it.
+        seconds (`float`):
+            Its value.
+        most (`float`, *optional*, defaults to `3600`):
+            The most that it may be.
 
     Raises:
-        SystemExit: The directory holds another run, or files of something else.
+        ValueError: It is none that [`~sandbox.Sandbox`] takes.
     """
-
-    def __init__(self, path: str, stage: str, settings: dict, result: str = "*.safetensors"):
-        self.path = Path(path)
-        self.record = self.path / "run.json"
-        self.run = json.loads(json.dumps({"stage": stage, "settings": settings}, default=str))
-        self.finished = False
-        if self.record.is_file():
-            found = json.loads(self.record.read_text())
-            self.finished = found.pop("finished", False) and any(self.path.glob(result))
-            if found != self.run:
-                raise SystemExit(
-                    f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}"
-                )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise SystemExit(f"output_dir {path} holds files and no {self.record.name}: {self._advice}")
-
-    @property
-    def _advice(self) -> str:
-        return "choose another output_dir, or remove this one if it is not needed"
-
-    def start(self) -> str | None:
-        """
-        Claim the directory.
-
-        Returns:
-            `str` or `None`: The checkpoint to continue from, if the run was interrupted after one.
-        """
-        if PartialState().is_main_process:
-            self._write(self.run)
-        return last_checkpoint(self.path)
-
-    def finish(self) -> None:
-        """Record that the run has finished."""
-        if PartialState().is_main_process:
-            self._write({**self.run, "finished": True})
-
-    def _write(self, run: dict) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.record, json.dumps(run, indent=2) + "\n")
+    if not 0 < seconds <= most:
+        raise ValueError(f"sandbox_timeout is {seconds}: write a number of seconds above 0 and at most {most:g}")
 
 
-def write_whole(path: Path, text: str) -> None:
+def refuse_several_processes(stage: str) -> None:
     """
-    Write a file that is there completely or not at all.
+    End a stage that was launched as several processes and is written for one.
 
     Args:
-        path (`Path`):
-            The file.
-        text (`str`):
-            Its content.
+        stage (`str`):
+            The stage's name.
+
+    Raises:
+        SystemExit: There are several.
     """
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def _difference(found: dict, wanted: dict) -> str:
-    if found.get("stage") != wanted["stage"]:
-        return f"of the stage {found.get('stage')!r}"
-    old, new = found.get("settings", {}), wanted["settings"]
-    name = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
-    return f"with {name} {old.get(name, 'not set')!r} where this one has {new.get(name, 'not set')!r}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit(f"{stage} runs in one process: launch it with --num_processes 1")

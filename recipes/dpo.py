@@ -12,20 +12,15 @@ that was cut off. Here the pairs' own token ids are trained on, exactly as the p
 training without an adapter, and pairs without token ids, for which `trl dpo` is the tool.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import (
-    RunDirectory,
-    TaskArguments,
-    check_policy,
-    load_policy,
-    load_stage_tasks,
-    load_tokenizer,
-    parse_settings,
-)
+from common import TaskArguments, check_policy, load_policy, load_stage_tasks, load_tokenizer, parse_settings
 from datasets import Dataset
+from run_directory import RunDirectory
+from sampling import adapter_sha256
 from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
@@ -149,11 +144,13 @@ def pair_dataset(pairs: list[dict], tokenizer, max_length: int | None) -> Datase
 
 def main():
     stage, args, model_args, settings = parse_settings(PairArguments, DPOConfig, ModelConfig)
+    check_policy(model_args, stage.adapter_name_or_path, generates=False)
+    pairs = load_pairs(stage.preferences, load_stage_tasks(stage.dataset_name, stage.dataset_train_split))
+    settings["adapter_sha256"] = adapter_sha256(stage.adapter_name_or_path)
+    settings["pairs_sha256"] = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     run = RunDirectory(args.output_dir, "dpo", settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
-    pairs = load_pairs(stage.preferences, load_stage_tasks(stage.dataset_name, stage.dataset_train_split))
-    check_policy(model_args, stage.adapter_name_or_path, generates=False)
     tokenizer = load_tokenizer(model_args)
     train_dataset = pair_dataset(pairs, tokenizer, args.max_length)
 

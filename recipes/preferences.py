@@ -30,17 +30,18 @@ from pathlib import Path
 from statistics import mean
 
 from common import (
-    RunDirectory,
     TaskArguments,
     check_policy,
+    check_timeout,
     load_policy,
     load_stage_tasks,
     load_tokenizer,
     parse_settings,
-    write_whole,
+    refuse_several_processes,
 )
 from datasets import Dataset
 from rewards import UnitTestReward
+from run_directory import RunDirectory, write_whole
 from sampling import adapter_sha256, complete
 from sandbox import Sandbox
 from tqdm import tqdm
@@ -110,7 +111,8 @@ class PreferencesArguments(TaskArguments):
             raise ValueError(f"top_p is {self.top_p}: write a number above 0 and at most 1")
         if self.length_penalty < 0:
             raise ValueError(f"length_penalty is {self.length_penalty}: write 0 or more, it is subtracted")
-        for name in ("temperature", "sandbox_timeout", "min_reward_margin"):
+        check_timeout(self.sandbox_timeout)
+        for name in ("temperature", "min_reward_margin"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: write a number above 0")
         for name in ("max_completion_length", "per_device_eval_batch_size", "max_pairs_per_task"):
@@ -125,6 +127,7 @@ class PreferencesArguments(TaskArguments):
 
 def main():
     args, model_args, settings = parse_settings(PreferencesArguments, ModelConfig)
+    refuse_several_processes("preferences")
     tasks = load_stage_tasks(args.dataset_name, args.dataset_train_split)
     check_policy(model_args, args.adapter_name_or_path)
     if args.adapter_name_or_path:
@@ -172,6 +175,9 @@ def sample_policy(path: Path, tasks, args: PreferencesArguments, model_args: Mod
     """
     chunks = [range(len(tasks))[i : i + args.tasks_per_chunk] for i in range(0, len(tasks), args.tasks_per_chunk)]
     samples, num_chunks = _read_chunks(path, [len(chunk) * args.num_generations for chunk in chunks])
+    wanted = [task_id for task_id in tasks["task_id"][:] for _ in range(args.num_generations)]
+    if [sample["task_id"] for sample in samples] != wanted[: len(samples)]:
+        raise SystemExit(f"{path} holds samples of other tasks: choose another output_dir, or remove that file")
     if num_chunks == len(chunks):
         return samples
     model, tokenizer = load_policy(model_args, args.adapter_name_or_path), load_tokenizer(model_args)

@@ -59,7 +59,7 @@ def training_commands(folder: str | None) -> list[str]:
     run = json.loads(path.read_text())
     settings = run["settings"]
     before = [*training_commands(settings.get("adapter_name_or_path")), *training_commands(settings.get("preferences"))]
-    fields = {name: value for name, value in settings.items() if name != "adapter_sha256" and value is not None}
+    fields = {name: value for name, value in settings.items() if not name.endswith("_sha256") and value is not None}
     command = ["python", f"recipes/{run['stage']}.py"]
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]

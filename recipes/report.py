@@ -22,11 +22,11 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
-from common import write_whole
 from intervals import mcnemar_p
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pictures import draw_plane, draw_training
 from rewards import load_tasks
+from run_directory import write_whole
 
 
 # The published table: tasks passed of the same 33, mean tokens; its base is another, larger one
@@ -52,7 +52,7 @@ OUTCOMES = {  # of a completion: its mark in the grid and what it says
     "crashed": ("C", "its process died"),
 }
 # Control characters, and those that reorder text so that it reads as other code than it is
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass
@@ -108,10 +108,9 @@ def read_runs(results: Path) -> list[Run]:
     for path in sorted(results.glob("*/metrics.json")):
         folder = path.parent
         metrics, samples = _read_json(path), _read_lines(folder / "per_task.jsonl")
-        if len({sample["task_id"] for sample in samples}) != len(samples):
-            raise SystemExit(
-                f"{folder} holds several samples of a task: put them into {folder}/sampled, here goes a greedy run"
-            )
+        is_greedy = metrics["settings"]["temperature"] == 0
+        if not is_greedy or len({sample["task_id"] for sample in samples}) != len(samples):
+            raise SystemExit(f"{folder} holds samples: put them into {folder}/sampled, here goes a greedy run")
         sampled, training = folder / "sampled" / "metrics.json", folder / "training.jsonl"
         runs.append(
             Run(

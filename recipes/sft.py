@@ -8,15 +8,8 @@ TRL's `SFTTrainer` on prompt and canonical solution, the loss on the solution on
         --config recipes/qwen2.5-coder-0.5b/sft.yaml
 """
 
-from common import (
-    RunDirectory,
-    TaskArguments,
-    check_policy,
-    load_policy,
-    load_stage_tasks,
-    load_tokenizer,
-    parse_settings,
-)
+from common import TaskArguments, check_policy, load_policy, load_stage_tasks, load_tokenizer, parse_settings
+from run_directory import RunDirectory
 from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 

@@ -10,7 +10,9 @@ import re
 from sandbox import Program
 
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# Every fenced block with what stands behind its opening fence; no two parts of it can match the same text in two ways
+_FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
+_PYTHON = ([], ["python"], ["python3"], ["py"])  # the first word there
 # The first line that starts at column 0 ends the function's body; a closing bracket at column 0 still belongs to it
 _TOP_LEVEL_LINE = re.compile(r"^[^\s)\]}]", re.MULTILINE)
 
@@ -46,13 +48,13 @@ def program_source(prompt: str | list[dict], completion: str | list[dict]) -> st
             What the policy wrote, in the same form.
 
     Returns:
-        `str`: `prompt + completion` for plain text; for a chat the last fenced block of the reply, or the whole reply
-        where it has none.
+        `str`: `prompt + completion` for plain text; for a chat the last fenced block of the reply that is labelled as
+        Python or not labelled, or the whole reply where it has none.
     """
     if isinstance(completion, str):
         return prompt + completion
     reply = completion[-1]["content"]
-    blocks = _FENCE.findall(reply)
+    blocks = [block for label, block in _FENCE.findall(reply) if label.lower().split()[:1] in _PYTHON]
     return blocks[-1] if blocks else reply
 
 

@@ -19,10 +19,10 @@ class PartialReward:
     """
     Fraction of a task's tests that pass, each run by itself.
 
-    A test is a statement in the body of `check` that asserts something; a loop of asserts is one test, and a `check`
-    without asserts is one. The statements that assert nothing run before each of them. A completion that passes
-    everything earns 1 in one run; one that is stopped for its time, its memory or a crash earns 0, for each of its
-    tests would cost as much again.
+    A test is a statement in the body of `check` that asserts something (`assert True` does not, nor does the definition
+    of a function); a loop of asserts is one test, and a `check` without asserts is one. The statements that assert
+    nothing run before each of them. A completion that passes everything earns 1 in one run; one that is stopped for its
+    time, its memory or a crash earns 0, for each of its tests would cost as much again.
 
     Helps where a policy passes some tests of a task and never all, so that completions of one task differ in reward.
     Gamed by answers that are right by chance or in the plain cases: `return False` passes half of the tests of many a
@@ -101,12 +101,19 @@ def split_tests(test: str) -> list[str]:
     holder = checks[-1] if checks else module
     setup, parts = [], []
     for statement in holder.body:
-        if any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+        if _asserts(statement):
             holder.body = [*setup, statement]
             parts.append(ast.unparse(module))
         else:
             setup.append(statement)
     return parts or [test]
+
+
+def _asserts(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assert):
+        return not isinstance(node.test, ast.Constant)
+    is_definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
+    return not is_definition and any(map(_asserts, ast.iter_child_nodes(node)))
 
 
 class CompilesReward:

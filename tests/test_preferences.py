@@ -173,6 +173,11 @@ def test_killed_run_continues_as_if_it_had_not_been(tmp_path, tiny_folder, tiny_
             assert ended or len(ids) == 60, "EOS, unless it was cut off"
             assert tiny_tokenizer.decode(ids[: len(ids) - ended]) == pair[side]
 
+    (killed / "pairs.jsonl").unlink()
+    samples.write_bytes(b"".join([*expected.splitlines(keepends=True)[4:8], expected]))  # a chunk of other tasks
+    with pytest.raises(SystemExit, match="samples.jsonl holds samples of other tasks"):
+        main(monkeypatch, config, killed)
+
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     capsys.readouterr()
     main(monkeypatch, config, whole)

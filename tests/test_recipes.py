@@ -19,7 +19,9 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from common import RunDirectory, TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
+import evaluate  # noqa: E402
+import preferences  # noqa: E402
+from common import TaskArguments, adapter_base, check_policy, load_stage_tasks, model_path, parse_settings  # noqa: E402
 from default_model import DEFAULT_MODEL  # noqa: E402
 from dpo import PairArguments  # noqa: E402
 from evaluate import EvaluateArguments, grade, load_extra_tests, print_table, summarize  # noqa: E402
@@ -27,6 +29,7 @@ from intervals import wilson_interval  # noqa: E402
 from policy_gradient import RLArguments  # noqa: E402
 from preferences import PreferencesArguments  # noqa: E402
 from provenance import training_commands  # noqa: E402
+from run_directory import RunDirectory  # noqa: E402
 from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 
@@ -276,7 +279,9 @@ def test_small_recipes_have_the_rows_of_the_published_table():
         ("reinforce", {"length_penalty": -1}, "length_penalty is -1: write 0 or more"),
         ("reinforce", {"top_p": 1.2}, "top_p is 1.2"),
         ("ppo", {"sandbox_timeout": 0}, "sandbox_timeout is 0"),
+        ("ppo", {"sandbox_timeout": 4000}, "at most 3600"),
         ("evaluate", {"top_p": 0}, "top_p is 0"),
+        ("evaluate", {"sandbox_timeout": 1000, "extra_tests": "plus.jsonl"}, "at most 900"),
         ("evaluate", {"num_generations": 2}, "set a temperature above 0"),
     ],
 )
@@ -291,6 +296,8 @@ def test_bad_fields_are_refused(tmp_path, stage, fields, message):
 def test_bad_command_lines_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="there is no file absent.yaml"):
         parse_settings(*STAGES["sft"], argv=["--config", "absent.yaml"])
+    with pytest.raises(SystemExit, match="there is no file absent.yaml"):
+        parse_settings(*STAGES["sft"], argv=["--config=absent.yaml"])
     with pytest.raises(SystemExit, match="unknown field 'max_step': did you mean 'max_steps'"):
         parse_settings(*STAGES["sft"], argv=["--output_dir", str(tmp_path), "--max_step", "3"])
 
@@ -308,6 +315,8 @@ def test_bad_tasks_are_refused(tmp_path):
 def test_bad_policies_are_refused(tmp_path, tiny_folder):
     with pytest.raises(SystemExit, match="cannot use a 4-bit base on a CPU"):
         check_policy(ModelConfig(model_name_or_path=str(tiny_folder), load_in_4bit=True))
+    with pytest.raises(SystemExit, match="dtype is 'bf16': write bfloat16"):
+        check_policy(ModelConfig(model_name_or_path=str(tiny_folder), dtype="bf16"))
     with pytest.raises(SystemExit, match="there is no folder 'runs/no/such'"):
         model_path("runs/no/such")
     with pytest.raises(SystemExit, match=f"write a folder, a Hub id, or {DEFAULT_MODEL}"):
@@ -344,8 +353,11 @@ def test_plus_is_both_the_tasks_tests_and_the_stricter_ones():
 
 def test_output_directory_belongs_to_one_run(tmp_path):
     path = tmp_path / "run"
+    assert RunDirectory(str(path), "sft", {"seed": 2}).start() is None  # and then it failed
     run = RunDirectory(str(path), "sft", {"seed": 1})
     assert run.start() is None
+    with pytest.raises(SystemExit, match="is in use: another process"):
+        RunDirectory(str(path), "sft", {"seed": 1}).start()
     assert not RunDirectory(str(path), "sft", {"seed": 1}).finished
     run.finish()
     assert not RunDirectory(str(path), "sft", {"seed": 1}).finished  # what it made is not there (any more)
@@ -360,6 +372,16 @@ def test_output_directory_belongs_to_one_run(tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("keep me")
     with pytest.raises(SystemExit, match="holds files and no run.json"):
         RunDirectory(str(tmp_path / "other"), "sft", {})
+
+
+@pytest.mark.parametrize("stage", [evaluate, preferences])
+def test_stages_for_one_process_refuse_several(tmp_path, tiny_folder, monkeypatch, stage):
+    command = ["stage.py", "--model_name_or_path", str(tiny_folder), "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="runs in one process: launch it with --num_processes 1"):
+        stage.main()
+    assert not (tmp_path / "run").exists()
 
 
 def test_summary_has_the_unbiased_estimates():

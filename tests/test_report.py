@@ -166,8 +166,15 @@ def test_bad_results_are_refused(tmp_path):
     write_run(tmp_path / "sft", ["a", "b"], [True, True])
     lines = (tmp_path / "sft" / "per_task.jsonl").read_text()
     (tmp_path / "sft" / "per_task.jsonl").write_text(lines + lines)
-    with pytest.raises(SystemExit, match="holds several samples of a task: put them into .*sft/sampled"):
+    with pytest.raises(SystemExit, match="holds samples: put them into .*sft/sampled"):
         report.read_runs(tmp_path)
+    metrics = json.loads((tmp_path / "sft" / "metrics.json").read_text())
+    warm = metrics | {"settings": metrics["settings"] | {"temperature": 0.2}}
+    (tmp_path / "sft" / "metrics.json").write_text(json.dumps(warm))
+    (tmp_path / "sft" / "per_task.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match="holds samples: put them into .*sft/sampled"):
+        report.read_runs(tmp_path)
+    (tmp_path / "sft" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "sft" / "per_task.jsonl").write_text(lines[:-20])
     with pytest.raises(SystemExit, match="per_task.jsonl cannot be read .*: write it with recipes/evaluate.py"):
         report.read_runs(tmp_path)

@@ -99,3 +99,7 @@ def test_program_and_setup_of_a_prompt():
     assert trusted_setup("def f(x):\n") == "def f(x):\n    pass\n"
     assert trusted_setup("Write f.") == ""
     assert program_source([], [{"content": "```py\na\n```\nor\n```\nb\n```"}]) == "b\n"
+    assert program_source([], [{"content": "```Python3\na\n```\nRun it:\n```bash\npython a.py\n```\nDone."}]) == "a\n"
+    assert program_source([], [{"content": "  ```python title='a'\nx\n```"}]) == "x\n"
+    long = "```" + " " * 100_000 + "`" * 100_000  # no time to speak of, and no program
+    assert program_source([], [{"content": long}]) == long

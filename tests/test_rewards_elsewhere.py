@@ -168,13 +168,16 @@ def test_split_tests_keep_what_they_need(sandbox):
     ]
     no_assert = "def check(candidate):\n    verify(candidate)\n"
     assert split_tests(no_assert) == [no_assert]
+    helper = "def check(f):\n\n    def same(x):\n        assert f(x) == x\n    assert True\n    same(1)"
+    assert split_tests(helper) == [helper], "what asserts nothing of the candidate itself is no test"
+    assert split_tests(f"{helper}\n    assert f(2) == 2") == [f"{helper}\n    assert f(2) == 2"]
     tasks = load_tasks("humaneval", "all")
     rows = [
         (task["prompt"], task["canonical_solution"], part, task["entry_point"])
         for task in tasks
         for part in split_tests(task["test"])
     ]
-    assert len(rows) == 1181
+    assert len(rows) == 1133
     prompts, completions, tests, entry_points = zip(*rows, strict=True)
     rewards = UnitTestReward(0, sandbox)(prompts, completions, list(tests), list(entry_points))
     assert rewards == [1.0] * len(rows), "every part of every task passes for the reference solution"

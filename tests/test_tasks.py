@@ -102,6 +102,26 @@ def test_line_that_is_no_json(tmp_path):
         load_tasks(str(path))
 
 
+def test_a_hub_dataset_keeps_its_own_splits(tmp_path, monkeypatch):
+    """A folder of JSONL files is read as the Hub's datasets are."""
+    (tmp_path / "own").mkdir()
+    write(tmp_path / "own" / "train.jsonl", {**TASK, "task_id": "a"}, {**TASK, "task_id": "b"})
+    write(tmp_path / "own" / "test.jsonl", {**TASK, "task_id": "c"})
+    monkeypatch.chdir(tmp_path)
+    assert load_tasks("own", "train")["task_id"][:] == ["a", "b"]
+    assert load_tasks("own", "test")["task_id"][:] == ["c"]
+    assert load_tasks("own", "all")["task_id"][:] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="own has no split 'validation', it has 'train', 'test'"):
+        load_tasks("own", "validation")
+
+
+def test_no_test_task_of_a_benchmark_is_trained_on_in_a_mixture(tmp_path):
+    path = write(tmp_path / "both.jsonl", {**TASK, "task_id": "HumanEval/1"}, MBPP)
+    with pytest.raises(ValueError, match="mixes problems of HumanEval or MBPP"):
+        load_tasks(path, "train")
+    assert len(load_tasks(path, "all")) == 2
+
+
 def test_sources_and_splits_that_do_not_exist(tmp_path):
     path = write(tmp_path / "tasks.jsonl", TASK)
     with pytest.raises(FileNotFoundError, match="no task file"):

@@ -1,0 +1,121 @@
+"""
+Output directories: one run each, which an interruption does not end and a second process does not disturb.
+
+Not covered: the checkpoints in them, which are the trainers' (`trainers/checkpoints.py`).
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+from trainers import last_checkpoint
+
+
+class RunDirectory:
+    """
+    An output directory that belongs to one run: one stage with one set of settings.
+
+    The same command continues where the run stopped and does nothing when it has finished; another command is refused,
+    unless the first left nothing but its record. A run whose result was removed has not finished.
+
+    Args:
+        path (`str`):
+            The directory; made if it does not exist.
+        stage (`str`):
+            The stage's name.
+        settings (`dict`):
+            The fields that were set, as [`parse_settings`] gives them.
+        result (`str`, *optional*, defaults to `"*.safetensors"`):
+            Name or pattern of the file that a finished run leaves in it.
+
+    Raises:
+        SystemExit: The directory holds another run, or files of something else.
+    """
+
+    def __init__(self, path: str, stage: str, settings: dict, result: str = "*.safetensors"):
+        self.path = Path(path)
+        self.record = self.path / "run.json"
+        self.run = json.loads(json.dumps({"stage": stage, "settings": settings}, default=str))
+        self.finished = False
+        if self.record.is_file():
+            found = json.loads(self.record.read_text())
+            self.finished = found.pop("finished", False) and any(self.path.glob(result))
+            if found != self.run and not self._has_only_its_record():
+                raise SystemExit(
+                    f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}"
+                )
+        elif self.path.is_dir() and not self._has_only_its_record():
+            raise SystemExit(f"output_dir {path} holds files and no {self.record.name}: {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        return "choose another output_dir, or remove this one if it is not needed"
+
+    def _has_only_its_record(self) -> bool:
+        return {path.name for path in self.path.iterdir()} <= {self.record.name, _draft(self.record).name}
+
+    def start(self) -> str | None:
+        """
+        Claim the directory, for as long as this process lives.
+
+        Returns:
+            `str` or `None`: The checkpoint to continue from, if the run was interrupted after one.
+
+        Raises:
+            SystemExit: Another process is at work in it.
+        """
+        if PartialState().is_main_process:
+            if self.record.is_file():
+                self._lock()
+            self._write(self.run)
+            self._lock()
+        return last_checkpoint(self.path)
+
+    def _lock(self) -> None:
+        self._locked = self.record.open()  # until it is closed, with this process at the latest
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"output_dir {self.path} is in use: another process is at this run. Wait for it, or choose another one"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def finish(self) -> None:
+        """Record that the run has finished."""
+        if PartialState().is_main_process:
+            self._write({**self.run, "finished": True})
+
+    def _write(self, run: dict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.record, json.dumps(run, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file that is there completely or not at all.
+
+    Args:
+        path (`Path`):
+            The file.
+        text (`str`):
+            Its content.
+    """
+    draft = _draft(path)
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_suffix(".draft")
+
+
+def _difference(found: dict, wanted: dict) -> str:
+    if found.get("stage") != wanted["stage"]:
+        return f"of the stage {found.get('stage')!r}"
+    old, new = found.get("settings", {}), wanted["settings"]
+    name = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+    return f"with {name} {old.get(name, 'not set')!r} where this one has {new.get(name, 'not set')!r}"
