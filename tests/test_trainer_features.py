@@ -2,12 +2,15 @@
 
 import asyncio
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rewards import UnitTestReward
+from safetensors.torch import load
 from sandbox import Sandbox
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, generate_completions
 from trainers.adapters import base_comes_back
@@ -267,6 +270,37 @@ def test_model_card(tmp_path, tiny_model, trainer_class, texts):
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
     assert all(text in card for text in texts)
+
+
+def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, tiny_model, monkeypatch):
+    """No Hub can be reached here: in its place stands what transformers asks of it."""
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path, **kwargs):
+            uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    reward = lambda completions, **kwargs: [1.0, 0.0, 0.0, 0.0]  # noqa: E731
+    trainer = build(PPOClipTrainer, tiny_model, tmp_path, reward, push_to_hub=True, hub_model_id="me/tiny")
+    trainer.train()
+    trainer.push_to_hub()
+    assert b"PPO-Clip" in uploaded["README.md"]
+    trained = trainer.model.state_dict()
+    saved = load(uploaded["adapter_model.safetensors"])
+    assert saved, "the trained adapter"
+    for name, value in saved.items():
+        assert torch.equal(trained[name.replace(".weight", ".default.weight")], value), name
+
+
+def test_the_rollout_for_cpus_stays_there(tmp_path, tiny_model, monkeypatch):
+    trainer = build(ReinforceTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
+    assert trainer._rolls_out_on_cpu
+    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("cuda"))
+    assert not trainer._rolls_out_on_cpu
 
 
 def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path, tiny_model):

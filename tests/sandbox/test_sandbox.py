@@ -319,6 +319,12 @@ def test_isolation_is_reported_and_strict_refuses_what_auto_warns_about(sandbox)
             Sandbox(workers=1, isolation="strict")
 
 
+def test_processes_of_a_launcher_share_the_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))
+    with Sandbox() as sandbox:
+        assert sandbox.workers == 1
+
+
 @pytest.mark.parametrize(
     "arguments", [{"workers": 0}, {"timeout": 0}, {"timeout": 1e9}, {"memory_mb": 1}, {"isolation": "none"}], ids=repr
 )
