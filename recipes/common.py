@@ -22,11 +22,9 @@ from datasets import Dataset  # noqa: E402
 from default_model import DEFAULT_MODEL, default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from rewards import load_tasks  # noqa: E402
+from sandbox import MAX_TIMEOUT  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 from trl import ModelConfig, TrlParser, get_quantization_config  # noqa: E402
-
-
-MAX_TIMEOUT = 3600  # seconds: the most that a `Sandbox` takes
 
 
 @dataclass

@@ -29,7 +29,6 @@ from pathlib import Path
 from statistics import mean, median
 
 from common import (
-    MAX_TIMEOUT,
     adapter_base,
     check_policy,
     check_timeout,
@@ -48,7 +47,7 @@ from rich.console import Console
 from rich.table import Table
 from run_directory import RunDirectory, write_whole
 from sampling import adapter_sha256, complete
-from sandbox import Sandbox
+from sandbox import MAX_TIMEOUT, Sandbox
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig

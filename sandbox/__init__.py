@@ -31,8 +31,9 @@ from dataclasses import dataclass
 
 from .wire import Channel
 
-__all__ = ["Program", "RaySandbox", "Sandbox", "Verdict"]
+__all__ = ["MAX_TIMEOUT", "Program", "RaySandbox", "Sandbox", "Verdict"]
 
+MAX_TIMEOUT = 3600  # seconds that a program may be given
 GRACE_SECONDS = 0.6  # beyond the timeout, before a worker that gave no verdict is killed
 MAX_ATTEMPTS = 3  # for a program whose worker died, and to start the workers
 SILENCE_SECONDS = 10  # within a message, before a worker counts as lost
@@ -337,8 +338,8 @@ class Sandbox:
 
 
 def _check(timeout, memory_mb, isolation):
-    if not 0 < timeout <= 3600:
-        raise ValueError(f"timeout={timeout}: give seconds above 0 and up to 3600")
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(f"timeout={timeout}: give seconds above 0 and up to {MAX_TIMEOUT}")
     if memory_mb < 64:
         raise ValueError(f"memory_mb={memory_mb}: an interpreter needs 64, 1024 is a good choice")
     if isolation not in ("auto", "strict"):

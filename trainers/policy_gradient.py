@@ -287,14 +287,13 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
     def _note_signal(self, rewards: torch.Tensor, metrics: dict[str, list[float]]) -> None:
         """Counts the groups whose rewards are the same, and warns of a run in which nothing can be learnt."""
-        size = self.num_generations if self.args.baseline == "group" else len(rewards)
-        groups = rewards.view(-1, size)
+        groups = rewards.view(-1, self.num_generations if self.args.baseline == "group" else len(rewards))
         metrics["frac_reward_zero_std"].append((groups.amax(1) - groups.amin(1) < 1e-8).float().mean().item())
         if self.accelerator.is_main_process:
             verdicts = self._logs["extra"].get("verdict") if len(self.reward_funcs) == 1 else None
             self._signal_watch.note(
                 [verdict == "passed" for verdict in verdicts] if verdicts else rewards.tolist(),
-                None if self.args.baseline == "none" and not self.normalize_advantages else size,
+                None if self.args.baseline == "none" and not self.normalize_advantages else groups.size(1),
             )
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
