@@ -7,6 +7,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def base_model(policy: nn.Module) -> PreTrainedModel:
@@ -28,12 +29,17 @@ def keep_adapter_in_fp32(model, values: dict[str, torch.Tensor] | None = None) -
     Make an adapter's trainable parameters fp32, undoing the cast to bf16 by which TRL's trainers prepare a quantised
     base.
 
+    Leaves them as they are under ZeRO-3, which has fp32 masters of its own and cannot gather parameters of two dtypes
+    (TRL issue 6089).
+
     Args:
         model ([`~peft.PeftModel`]):
             The policy.
         values (`dict[str, torch.Tensor]`, *optional*):
             The parameters' values by name as they were before they were rounded; those not named keep their own.
     """
+    if is_deepspeed_zero3_enabled():
+        return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = (values or {}).get(name, parameter.data).to(parameter.device, torch.float32)

@@ -20,7 +20,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate.utils import DistributedType, gather, gather_object, is_peft_model
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id, pad, use_adapter
 
@@ -62,9 +61,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         )
         super().__init__(model, reward_funcs, args, *trainer_args, quantization_config=quantization_config, **kwargs)
         if is_peft_model(self.model):
-            # ZeRO-3 has fp32 masters of its own, and cannot gather parameters of two dtypes (TRL issue 6089)
-            if not is_deepspeed_zero3_enabled():
-                keep_adapter_in_fp32(self.model, adapter)
+            keep_adapter_in_fp32(self.model, adapter)
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
         if self._rolls_out_on_cpu:
