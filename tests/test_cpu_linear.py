@@ -41,6 +41,25 @@ def test_fast_linears_give_the_same_logits_and_leave_no_trace(tiny_model, use_do
     assert all(module.forward == forwards[name] for name, module in model.named_modules())
 
 
+@pytest.mark.skipif(torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="no FBGEMM here")
+@pytest.mark.parametrize("largest, in_16_bits", [(1.0, True), (1e5, False)])
+def test_fp32_products_read_16_bits_where_a_weight_has_no_more(tiny_model, largest, in_16_bits):
+    num_products = sum(type(module) is torch.nn.Linear for module in tiny_model.modules())
+    model = lora_policy(tiny_model.to(torch.bfloat16)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and not parameter.requires_grad:
+            parameter.data[0, 0] = largest  # beyond 65,504 fp16 has no numbers
+    input_ids = torch.randint(2, 258, (3, 20))
+    with torch.no_grad():
+        plain = model(input_ids).logits
+        with fast_linears(model, num_rows=3), torch.profiler.profile() as profile:
+            fast = model(input_ids).logits
+        exact = model.double()(input_ids).logits
+    kernels = {event.key: event.count for event in profile.key_averages()}
+    assert kernels.get("quantized::linear_dynamic_fp16", 0) == (num_products if in_16_bits else 0)
+    assert (fast - exact).norm() < 2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype):

@@ -61,20 +61,18 @@ def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float =
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    probs = (logits.float() / temperature).softmax(-1)
     if top_p == 1 and not top_k:
-        return _draw(logits.softmax(-1))
+        return _draw(probs)
 
-    num_candidates = min(top_k or NUM_CANDIDATES, logits.size(-1))
-    values, tokens = logits.topk(num_candidates)
-    # A nucleus is a share of what top-k left, or of the whole vocabulary
-    total = (values if top_k else logits).logsumexp(-1, keepdim=True)
-    if not top_k and ((values - total).exp().sum(-1) < top_p).any():
-        values, tokens = logits.sort(descending=True)
-    probs = (values - total).exp()
-    mass_before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(mass_before >= top_p, 0.0)
-    return tokens.gather(-1, _draw(probs)[:, None])[:, 0]
+    candidates, tokens = probs.topk(min(top_k or NUM_CANDIDATES, probs.size(-1)))
+    if top_k:  # a nucleus is a share of what top-k left
+        candidates = candidates / candidates.sum(-1, keepdim=True)
+    elif (candidates.sum(-1) < top_p).any():
+        candidates, tokens = probs.sort(descending=True)
+    mass_before = candidates.cumsum(-1) - candidates
+    candidates = candidates.masked_fill(mass_before >= top_p, 0.0)
+    return tokens.gather(-1, _draw(candidates)[:, None])[:, 0]
 
 
 def _draw(weights: torch.Tensor) -> torch.Tensor:
