@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trainers import generate_completions
 from trainers.adapters import adapter_in_base_dtype
-from trainers.rollout import sample_tokens
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from trainers.rollout import CACHE_ROOM, _RoomyLayer, sample_tokens
+from transformers import DynamicLayer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
 PROMPTS = ["def f(x):", "a", "import os\n\ndef longer_name(a, b):\n", "a", "zz = 3"]
@@ -61,6 +61,24 @@ def test_a_prompt_is_prefilled_once_and_rows_that_have_ended_are_not_computed(ti
     assert len(set(lengths)) > 2
     live = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
     assert shapes == [(4, max(map(len, prompt_ids))), *((rows, 1) for rows in live)]
+
+
+def test_the_cache_holds_what_the_librarys_does_and_is_copied_once_in_many_steps():
+    torch.manual_seed(0)
+    roomy, plain = _RoomyLayer(), DynamicLayer()
+    places = []
+    for step in range(2 * CACHE_ROOM):
+        if step == CACHE_ROOM // 2:
+            for layer in (roomy, plain):
+                layer.batch_select_indices(torch.tensor([2, 0, 0]))
+        rows, tokens = (3, 5 if step == 0 else 1)
+        keys, values = torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 6)
+        for ours, theirs in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(ours, theirs)
+        assert roomy.get_seq_length() == plain.get_seq_length() == 5 + step
+        places.append(roomy.keys.data_ptr())
+    moves = [step for step in range(1, len(places)) if places[step] != places[step - 1]]
+    assert moves == [CACHE_ROOM // 2, CACHE_ROOM // 2 + CACHE_ROOM + 1]
 
 
 def test_seed_reproduces_samples(tiny_model, tiny_tokenizer):

@@ -2,15 +2,16 @@
 Rollouts: sampled or greedy completions of a batch of prompts, by the one loop that training and evaluation share.
 
 What it does that a plain `generate` does not, all of it without changing the distribution: a prompt that stands in the
-batch several times is prefilled once, a row that has ended leaves the batch, the LM head sees last positions only, and
-nucleus sampling looks at a few candidates where these already hold the nucleus. Not covered: beam search, repetition
-penalties, encoder-decoder models, and vLLM, which is the fast way on a GPU.
+batch several times is prefilled once, a row that has ended leaves the batch, the LM head sees last positions only, keys
+and values are written to where there is room for them, and nucleus sampling looks at a few candidates where these
+already hold the nucleus. Not covered: beam search, repetition penalties, encoder-decoder models, and vLLM, which is the
+fast way on a GPU.
 """
 
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
 from .adapters import adapter_in_base_dtype, base_model
 from .cpu_linear import fast_linears
@@ -19,6 +20,9 @@ from .cpu_linear import fast_linears
 # How many of the most likely tokens are looked at before a row's whole vocabulary is sorted: on a CPU a sort of
 # 32 x 151,936 logits takes 152 ms, a top-k of 1,024 takes 10
 NUM_CANDIDATES = 1024
+
+# Tokens that a cache keeps room for when it grows
+CACHE_ROOM = 64
 
 # Settings by which a model changes its logits after the LM head, under the names that the architectures give them
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -82,6 +86,32 @@ def _draw(weights: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=weights.size(-1) - 1)
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, followed by room for more: `DynamicLayer` copies all of them at every token-step."""
+
+    _buffers = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.size(-2)
+        if self._buffers is None or end > self._buffers[0].size(-2):
+            shape = (*key_states.shape[:2], end + CACHE_ROOM)
+            self._buffers = [new.new_empty(*shape, new.size(-1)) for new in (key_states, value_states)]
+            if start:
+                self._buffers[0][:, :, :start] = self.keys
+                self._buffers[1][:, :, :start] = self.values
+        self._buffers[0][:, :, start:end] = key_states
+        self._buffers[1][:, :, start:end] = value_states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._buffers = None  # the rows that are left are a copy without room
+
+
 @torch.no_grad()
 def generate_completions(
     model: PreTrainedModel,
@@ -141,6 +171,7 @@ def generate_completions(
                 mask[row, longest - len(ids) :] = 1
 
             cache = DynamicCache(config=base.config)
+            cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = next_token_logits(
                 input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache
