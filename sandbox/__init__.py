@@ -246,7 +246,7 @@ class Sandbox:
     def _wait(self):
         """Returns the busy workers that can be read from, or none when the next deadline has come."""
         poll = select.poll()
-        busy = {worker.channel.descriptor: worker for worker in self._pool if worker.job is not None}
+        busy = {worker.channel.readable: worker for worker in self._pool if worker.job is not None}
         for descriptor in busy:
             poll.register(descriptor, select.POLLIN)
         pause = min((worker.deadline for worker in busy.values()), default=0) - time.monotonic()

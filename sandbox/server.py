@@ -45,9 +45,10 @@ def worker(number, descriptor, settings):
     if os.fork() == 0:
         ours.close()
         os.close(descriptor)
-        os.dup2(theirs.detach(), solution.CHANNEL + 1)
-        control = socket.socket(fileno=solution.CHANNEL + 1)
-        os.closerange(solution.CHANNEL + 2, 64)
+        os.dup2(theirs.detach(), solution.CONTROL)
+        control = socket.socket(fileno=solution.CONTROL)
+        os.closerange(solution.ANSWERS, solution.CONTROL)
+        os.closerange(solution.CONTROL + 1, 64)
         report = wire.Channel(control.fileno())
         try:
             missing, limit_child = cage.enter(settings["memory_mb"], settings["timeout"], pids_failure)

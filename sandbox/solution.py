@@ -1,7 +1,7 @@
 """The untrusted side: the zygote, and the solution processes that it forks, one for each program.
 
 The zygote is forked before any test text exists in the worker and is caged once. A solution process receives its
-source over its only descriptor, executes it, and answers calls until it is killed. Whatever it sends is data to the
+source over its only descriptors, executes it, and answers calls until it is killed. Whatever it sends is data to the
 judge, so nothing here needs to be defended from the code it runs.
 
 Not covered here: the cage itself (cage.py) and what the answers are worth (judge.py).
@@ -21,7 +21,7 @@ import cage
 import judge
 import wire
 
-CHANNEL = 3  # the descriptor of a solution process
+ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
 # CPython's allocator of small objects (Objects/obmalloc.c); where it is another one, forks are slower and nothing is wrong
 POOL_SIZE, POOL_HEADER, ALIGNMENT, SMALLEST_BYTES, LARGEST_BLOCK = 16384, 48, 16, 48, 512
@@ -33,7 +33,7 @@ def zygote(control, limit_child, has_scratch):
     """Forks a solution process for each start that the judge sends over `control`, until the judge is gone.
 
     Args:
-        control (`socket.socket`): connected to the judge. A start is one byte with a descriptor; then the judge says
+        control (`socket.socket`): connected to the judge. A start is one byte with two pipes; then the judge says
             `k` (kill it) or `w` (it seems to be dying: tell how), and receives the wait status after a `w`.
         limit_child (`Callable[[], None]`): what must be set anew in each solution process.
         has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
@@ -42,16 +42,17 @@ def zygote(control, limit_child, has_scratch):
     gc.collect()
     fillers = fill_pools()  # noqa: F841
     gc.freeze()
-    space = socket.CMSG_SPACE(4)
+    space = socket.CMSG_SPACE(8)
     while True:
         _, messages, _, _ = control.recvmsg(1, space)
         if not messages:
             os._exit(0)
-        descriptor = int.from_bytes(messages[0][2], sys.byteorder)
+        answers, calls = memoryview(messages[0][2]).cast("i")
         pid = os.fork()
         if pid == 0:
-            _solution_process(descriptor, limit_child)
-        os.close(descriptor)
+            _solution_process(answers, calls, limit_child)
+        os.close(answers)
+        os.close(calls)
         word = os.read(control.fileno(), 1)
         if word == b"w":
             os.write(control.fileno(), _wait_briefly(pid).to_bytes(4, "little"))
@@ -88,12 +89,13 @@ def _wait_briefly(pid):
     return os.waitpid(pid, 0)[1]
 
 
-def _solution_process(descriptor, limit_child):
+def _solution_process(answers, calls, limit_child):
     try:
-        os.dup2(descriptor, CHANNEL)
-        os.closerange(CHANNEL + 1, 64)
+        os.dup2(answers, ANSWERS)  # the lower of the two, as it came first: so `calls` is not overwritten
+        os.dup2(calls, CALLS)
+        os.closerange(CALLS + 1, 64)
         limit_child()
-        _serve(wire.Channel(CHANNEL))
+        _serve(wire.Channel(CALLS, ANSWERS))
     except BaseException:
         pass
     finally:

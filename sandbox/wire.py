@@ -98,9 +98,8 @@ def check(value):
     """Raises `CannotCross` unless `value` is of exactly typed builtin values throughout."""
     kind = type(value)
     if kind is dict:
-        check(list(value))
-        check(list(value.values()))
-    elif kind in _CONTAINERS:
+        value, kind = [*value, *value.values()], list
+    if kind in _CONTAINERS:
         if not _SCALARS.issuperset(map(type, value)):
             for item in value:
                 check(item)
@@ -115,9 +114,12 @@ def decode(data):
     if opened + data.count(b",") > 3 * MAX_ITEMS:
         raise ValueError("too many items")
     try:
-        value = _loads(data.decode("utf-8", "surrogatepass"))
+        text = data.decode("utf-8", "surrogatepass")
+        value, end = _scan(text)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"not a frame: {type(error).__name__}") from None
+    if end != len(text):
+        raise ValueError("not a frame: there is more after its value")
     if opened > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise ValueError("nested too deep")
     return value
@@ -128,7 +130,7 @@ def _unpack(pairs):
     return _TAGS[tag](content) if tag in _TAGS else _refuse(tag)
 
 
-_loads = json.JSONDecoder(object_pairs_hook=_unpack).decode  # json.loads would make a decoder for each value
+_scan = json.JSONDecoder(object_pairs_hook=_unpack).raw_decode  # json.loads would make a decoder for each value
 
 
 def _refuse(tag):
@@ -176,13 +178,18 @@ def _deeper_than(value, limit):
 
 
 class Channel:
-    """Frames over a connected stream socket: four bytes of length, then the payload.
+    """Frames over a connected stream socket, or over two pipes: four bytes of length, then the payload.
 
     Only read and write are used, so that a process which may make no socket call can still use it.
+
+    Args:
+        readable (`int`): The descriptor that frames come from.
+        writable (`int`, *optional*): The one that frames go to, if it is another.
     """
 
-    def __init__(self, descriptor):
-        self.descriptor = descriptor
+    def __init__(self, readable, writable=None):
+        self.readable = readable
+        self.writable = readable if writable is None else writable
         self._pending = b""
 
     def send(self, value):
@@ -208,9 +215,10 @@ class Channel:
         return json.loads(self.receive_bytes(limit=1 << 32).decode("utf-8", "surrogatepass"))
 
     def send_bytes(self, data):
-        data = memoryview(len(data).to_bytes(4, "little") + data)
-        while data:
-            data = data[os.write(self.descriptor, data) :]
+        data = len(data).to_bytes(4, "little") + data
+        written = os.write(self.writable, data)
+        while written < len(data):
+            written += os.write(self.writable, memoryview(data)[written:])
 
     def receive(self, limit=MAX_BYTES):
         """Returns the next value; raises `EOFError` when the other side is gone, `ValueError` for a bad frame."""
@@ -235,7 +243,7 @@ class Channel:
 
     def _read(self, size):
         try:
-            data = os.read(self.descriptor, size)
+            data = os.read(self.readable, size)
         except OSError:  # reset, or silent for longer than the socket's time limit
             data = b""
         if not data:
@@ -243,4 +251,5 @@ class Channel:
         return data
 
     def close(self):
-        os.close(self.descriptor)
+        for descriptor in {self.readable, self.writable}:
+            os.close(descriptor)
