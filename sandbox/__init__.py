@@ -71,6 +71,12 @@ class Program:
     setup: str = ""
     inline: bool = False
 
+    def __post_init__(self):
+        for name in ("solution", "tests", "entry_point", "setup"):
+            kind = type(getattr(self, name))
+            if kind is not str:
+                raise TypeError(f"{name} of a Program is of type {kind.__name__}: give a str")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -214,7 +220,7 @@ class Sandbox:
             for worker in self._wait():
                 job, worker.job = worker.job, None
                 try:
-                    verdicts[job] = Verdict(*worker.channel.receive_text())
+                    verdicts[job] = Verdict(*worker.channel.receive())
                 except (EOFError, ValueError, TypeError):
                     lost(job)  # killed from outside, or the judge ran out of memory over an answer
                     useless.append(worker)
@@ -237,8 +243,8 @@ class Sandbox:
         worker.job = job
         worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
         try:
-            worker.channel.send_text(
-                [program.solution, program.tests, program.entry_point, program.setup, program.inline]
+            worker.channel.send_program(
+                [program.solution, program.tests, program.entry_point, program.setup, bool(program.inline)]
             )
         except OSError:
             pass  # reading tells that it died
@@ -325,7 +331,7 @@ class Sandbox:
 
     def _greet(self, worker):
         """Hears from a new worker what its cage consists of."""
-        (self._isolation,) = worker.channel.receive_text()
+        (self._isolation,) = worker.channel.receive()
         if type(self._isolation) is str:
             raise RuntimeError(f"the sandbox cannot be set up: {self._isolation}")
         missing = "; ".join(f"{name} ({text})" for name, text in self._isolation.items() if text != "active")

@@ -10,6 +10,7 @@ Not covered here: which system calls remain (seccomp.py).
 
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import signal
@@ -126,8 +127,8 @@ def enter(memory_mb, timeout, pids_failure=None):
         pids_failure (`str`, *optional*): What `separate_pids` returned in the parent.
 
     Returns:
-        `tuple[dict[str, str], Callable[[], None]]`: Why each feature that is not active is missing, and what each
-        child must call for itself.
+        `tuple[dict[str, str], Callable[[], int | None]]`: Why each feature that is not active is missing, and what each
+        child must call for itself; it raises or returns -1 when it fails.
     """
     if not LINUX:
         _limit_resources(memory_mb << 20, 0)
@@ -155,29 +156,34 @@ def enter(memory_mb, timeout, pids_failure=None):
     _limit_resources(memory, 0 if "private files" in missing else SCRATCH_BYTES)
     hide()
     die_with_parent()  # after the change of user, which would undo it
-    child_filter = None
+    install_filter = None
     try:
         if not seccomp.supported():
             raise OSError(0, f"no table of system calls for {os.uname().machine}")
-        child_filter = seccomp.child_filter()
-        _install(seccomp.zygote_filter())
+        zygote_filter = seccomp.zygote_filter()  # named, so that it lives until the kernel has read it
+        _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(zygote_filter))
+        install_filter = _filter_installer(seccomp.child_filter())
     except OSError as error:
-        child_filter = None
         missing["seccomp"] = error.strerror
+    if install_filter and "pid namespace" not in missing:
+        return missing, install_filter
 
     def limit_child():
         if "pid namespace" in missing:  # otherwise it cannot outlive the zygote
             die_with_parent()
             _limit_processor(timeout)
-        if child_filter is not None:
-            _install(child_filter)
+        return install_filter and install_filter()
 
     return missing, limit_child
 
 
-def _install(program):
-    """Puts a seccomp filter on this process for good."""
-    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
+def _filter_installer(program):
+    """Returns a function that installs a seccomp filter and returns 0, or -1 if it could not.
+
+    Every solution process calls it, so it is a single call, made ready beforehand, without checks of types and errors:
+    whatever a fresh fork touches costs it the copy of a page.
+    """
+    return functools.partial(ctypes.PyDLL(None).prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program))
 
 
 def report(missing):
@@ -318,13 +324,8 @@ def _landlock(scratch):
     os.close(rules)
 
 
-_EMPTY = 40  # the size that tmpfs gives a folder without entries
-
-
 def wipe_scratch():
     """Empties the scratch folder, however deep, long-named or unreadable its contents are. It stays the current one."""
-    if os.stat(SCRATCH).st_size == _EMPTY:
-        return
     os.chdir(SCRATCH)
     depth = 0  # of the current folder; there is no long path and no recursion
     while True:

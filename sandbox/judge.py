@@ -72,50 +72,56 @@ class Solution:
             self._break("error", f"in an argument of the tests: {error}")
         except ConnectionError:
             pass
-        kind, *content = self._receive()
-        if kind == "ok" and len(content) == 1:
-            return content[0]
-        if kind == "raised" and len(content) == 2 and type(content[0]) is type(content[1]) is str:
-            self.raised = _exception(*content)
+        answer = self._receive()
+        if len(answer) == 1:
+            return answer[0]
+        if answer[0] == "raised" and len(answer) == 3 and type(answer[1]) is type(answer[2]) is str:
+            self.raised = _exception(*answer[1:])
             raise self.raised
-        self._break(*explain(kind, content))
+        self._break(*explain(*answer))
 
     def _receive(self):
         try:
             answer = self.channel.receive()
         except EOFError:
-            self._break(*_explain_exit(self.stop(b"w")))
+            self._break(*_explain_exit(self._wait_status()))
         except ValueError as error:
             self._break("error", f"the solution wrote to the channel itself: {error}")
         except MemoryError:
             self._break("error", "the solution answered with more than fits into memory")
-        if type(answer) is not list or not answer or type(answer[0]) is not str:
-            self._break("error", "the solution wrote to the channel itself")
-        return answer
+        # One item is a value, whatever it is; more are what else happened, by name
+        if type(answer) is list and (len(answer) == 1 or answer and type(answer[0]) is str):
+            return answer
+        self._break("error", "the solution wrote to the channel itself")
 
     def _break(self, status, detail):
         self.fault = self.fault or (status, detail)
         raise Fault
 
-    def stop(self, word=b"k"):
-        """Ends the process, unless that is done; returns its wait status if asked to wait with `w`."""
-        if self.channel is None:
-            return None
+    def stop(self):
+        """Has the process killed, unless it has ended."""
+        if self.channel is not None:
+            channel, self.channel = self.channel, None
+            self.control.send(b"k")
+            channel.close()  # only now: the end of its channel would wake up the solution
+
+    def _wait_status(self):
+        """Returns how the process ended, which closed its channel."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # half of this would confuse the zygote
         self.channel.close()
         self.channel = None
         try:
-            self.control.send(word)
-            status = self.control.recv(4) if word == b"w" else b"\0"
+            self.control.send(b"w")
+            status = self.control.recv(4)
         except ConnectionError:
             status = b""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         if not status:
             os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         return int.from_bytes(status, "little")
 
 
-def explain(kind, content):
+def explain(kind, *content):
     """Returns status and detail for an answer that is no value and no exception of a call."""
     if not all(type(part) is str for part in content):
         return "error", "the solution wrote to the channel itself"
@@ -171,7 +177,7 @@ class Judge:
             raise TimeUp
 
     def grade(self, source, tests, entry_point, setup, inline):
-        """Returns the verdict's fields: status, detail, seconds."""
+        """Returns the verdict's fields: `[status, detail, seconds]`."""
         start = time.monotonic()
         if "random" in tests or "random" in setup:
             random.seed()  # whatever the last tests left
@@ -200,22 +206,22 @@ class Judge:
             status, detail = solution.fault
         # A solution may have had its say in the detail: keep it one short line, and a harmless one to print.
         detail = "".join(letter if letter.isprintable() else " " for letter in detail[:MAX_DETAIL])
-        return status, detail, time.monotonic() - start
+        return [status, detail, time.monotonic() - start]
 
     def _apart(self, solution, source, tests, entry_point, setup):
-        kind, *content = solution.load(source, entry_point, None, None)
-        if kind != "ok":
-            return explain(kind, content)
+        answer = solution.load(source, entry_point, None, None)
+        if answer != [None]:
+            return explain(*answer)
         status, detail, error = run_tests(solution.call, entry_point, setup, tests)
         if error is not None and error is solution.raised:
-            return explain("raised", [type(error).__name__, str(error)])
+            return explain("raised", type(error).__name__, str(error))
         return status, detail
 
     def _inline(self, solution, source, tests, entry_point, setup):
-        kind, *content = solution.load(source, entry_point, setup, tests)
-        if kind in ("passed", "failed", "error", "out_of_memory") and len(content) == 1 and type(content[0]) is str:
-            return kind, content[0]
-        return explain(kind, content)
+        answer = solution.load(source, entry_point, setup, tests)
+        if len(answer) == 2 and answer[0] in ("passed", "failed", "error", "out_of_memory") and type(answer[1]) is str:
+            return tuple(answer)
+        return explain(*answer)
 
 
 @functools.lru_cache(maxsize=512)
@@ -284,7 +290,6 @@ def judge(caller, control, timeout):
     worker = Judge(control, timeout)
     while True:
         try:
-            program = caller.receive_text()
-            caller.send_text(worker.grade(*program))
+            caller.send(worker.grade(*caller.receive_program()))
         except (EOFError, ConnectionError):
             sys.exit(0)

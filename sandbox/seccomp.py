@@ -9,12 +9,13 @@ Not covered here: which files may be opened (cage.py).
 
 import ctypes
 import errno
-import platform
+import os
 
 KILL_PROCESS, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 CLONE_THREAD = 0x00010000
 CLONE3 = 435  # its flags lie in memory, where no filter can look: glibc falls back to clone
 
+MACHINE = os.uname().machine
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 COLUMN = {"x86_64": 0, "aarch64": 1}
 
@@ -75,20 +76,20 @@ class _Program(ctypes.Structure):
 
 
 def supported():
-    return platform.machine() in COLUMN
+    return MACHINE in COLUMN
 
 
 def _numbers(names):
-    column = COLUMN[platform.machine()]
+    column = COLUMN[MACHINE]
     return [ALLOWED[name][column] for name in names if ALLOWED[name][column] is not None]
 
 
 def zygote_filter():
     """Returns the filter of the zygote, which its children inherit."""
-    column = COLUMN[platform.machine()]
+    column = COLUMN[MACHINE]
     lines = [
         (LOAD, 0, 0, ARCHITECTURE),
-        (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[platform.machine()]),
+        (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[MACHINE]),
         (RETURN, 0, 0, KILL_PROCESS),
         (LOAD, 0, 0, NUMBER),
         (JUMP_EQUAL, 0, 1, CLONE3),

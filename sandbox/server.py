@@ -53,15 +53,15 @@ def worker(number, descriptor, settings):
         try:
             missing, limit_child = cage.enter(settings["memory_mb"], settings["timeout"], pids_failure)
         except Exception as error:
-            report.send_text([f"{type(error).__name__}: {error}"])
+            report.send([f"{type(error).__name__}: {error}"])
             raise
-        report.send_text([cage.report(missing)])
+        report.send([cage.report(missing)])
         solution.zygote(control, limit_child, "private files" not in missing)
     theirs.close()
     cage.hide()
     cage.limit_judge(settings["memory_mb"])
     caller = wire.Channel(descriptor)
-    caller.send_text(wire.Channel(ours.fileno()).receive_text())
+    caller.send(wire.Channel(ours.fileno()).receive())
     judge.judge(caller, ours, settings["timeout"])
 
 

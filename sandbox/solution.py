@@ -8,6 +8,7 @@ Not covered here: the cage itself (cage.py) and what the answers are worth (judg
 """
 
 import builtins
+import ctypes
 import gc
 import io
 import os
@@ -23,7 +24,7 @@ import wire
 
 ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
-# CPython's allocator of small objects (Objects/obmalloc.c); where it is another one, forks are slower and nothing is wrong
+# CPython's allocator of small objects (Objects/obmalloc.c); with another one forks are slower and nothing is wrong
 POOL_SIZE, POOL_HEADER, ALIGNMENT, SMALLEST_BYTES, LARGEST_BLOCK = 16384, 48, 16, 48, 512
 MOST_FILLING = 1 << 17  # bytes for objects of one size; 18,000 were the most seen
 OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
@@ -35,32 +36,45 @@ def zygote(control, limit_child, has_scratch):
     Args:
         control (`socket.socket`): connected to the judge. A start is one byte with two pipes; then the judge says
             `k` (kill it) or `w` (it seems to be dying: tell how), and receives the wait status after a `w`.
-        limit_child (`Callable[[], None]`): what must be set anew in each solution process.
+        limit_child (`Callable[[], int | None]`): sets what must be set anew in each solution process; -1 if it failed.
         has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a namespace ignores what it does not handle
+    channel = wire.Channel(CALLS, ANSWERS)
+    # The C library's fork: Python's own renews the locks of other threads, of which there are none here.
+    # Local names: each global that is looked up after a fork costs both sides copies of pages.
+    fork, read, close, kill, waitpid = ctypes.PyDLL(None).fork, os.read, os.close, os.kill, os.waitpid
+    receive, listdir, closerange, serve = control.recvmsg, os.listdir, os.closerange, _serve
+    sigkill = int(signal.SIGKILL)
+    space = socket.CMSG_SPACE(8)  # two descriptors
     gc.collect()
     fillers = fill_pools()  # noqa: F841
     gc.freeze()
-    space = socket.CMSG_SPACE(8)
     while True:
-        _, messages, _, _ = control.recvmsg(1, space)
-        if not messages:
+        if not receive(1, space)[1]:  # the pipes come as the lowest free descriptors: ANSWERS and CALLS
             os._exit(0)
-        answers, calls = memoryview(messages[0][2]).cast("i")
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
-            _solution_process(answers, calls, limit_child)
-        os.close(answers)
-        os.close(calls)
-        word = os.read(control.fileno(), 1)
-        if word == b"w":
-            os.write(control.fileno(), _wait_briefly(pid).to_bytes(4, "little"))
+            break
+        if pid < 0:
+            os._exit(1)  # no process is to be had: the caller replaces this worker
+        close(ANSWERS)
+        close(CALLS)
+        if read(CONTROL, 1) == b"w":
+            os.write(CONTROL, _wait_briefly(pid).to_bytes(4, "little"))
         else:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        if has_scratch:
+            kill(pid, sigkill)
+            waitpid(pid, 0)
+        if has_scratch and listdir():
             cage.wipe_scratch()
+    try:  # the solution process
+        closerange(CONTROL, 64)
+        if not limit_child():
+            serve(channel)
+    except BaseException:
+        pass
+    finally:
+        os._exit(1)
 
 
 def fill_pools():
@@ -89,50 +103,38 @@ def _wait_briefly(pid):
     return os.waitpid(pid, 0)[1]
 
 
-def _solution_process(answers, calls, limit_child):
-    try:
-        os.dup2(answers, ANSWERS)  # the lower of the two, as it came first: so `calls` is not overwritten
-        os.dup2(calls, CALLS)
-        os.closerange(CALLS + 1, 64)
-        limit_child()
-        _serve(wire.Channel(CALLS, ANSWERS))
-    except BaseException:
-        pass
-    finally:
-        os._exit(1)
-
-
 def _serve(channel):
     source, entry_point, setup, tests = channel.receive_trusting()
     if tests is not None:  # inline: the judge has given up the separation for this program
         channel.send(list(judge.run_inline(source, entry_point, setup, tests)))
         return
-    kind, loaded, *rest = _load(source, entry_point)
-    if kind != "ok":
-        channel.send([kind, loaded, *rest])
+    answer = _load(source, entry_point)
+    if len(answer) > 1:
+        channel.send(answer)
         return
-    channel.send(["ok"])
+    (function,) = answer
+    channel.send([None])
     while True:
         args, kwargs = channel.receive_trusting()
-        _send_answer(channel, _guarded(loaded, args, kwargs))
+        _send_answer(channel, _guarded(function, args, kwargs))
 
 
 def _load(source, entry_point):
-    """Returns `("ok", function)`, or the answer that tells why there is none."""
+    """Returns `[function]`, or the answer that tells why there is none."""
     try:
         code = compile(source, "<solution>", "exec", dont_inherit=True)
     except BaseException as error:
-        return "not compiled", f"{type(error).__name__}: {error}"[:200]
+        return ["not compiled", f"{type(error).__name__}: {error}"[:200]]
     if entry_point == "__main__":
-        return "ok", lambda text: _run_script(code, text)
+        return [lambda text: _run_script(code, text)]
     module = new_module("solution")
     answer = _guarded(exec, (code, module.__dict__), {})
-    if answer[0] != "ok":
+    if len(answer) > 1:
         return answer
     function = module.__dict__.get(entry_point)
     if not callable(function):
-        return "no entry point", ""
-    return "ok", function
+        return ["no entry point", ""]
+    return [function]
 
 
 def new_module(name):
@@ -181,22 +183,22 @@ def warm_up():
 
 
 def _guarded(function, args, kwargs):
-    """Returns what a call came to: `("ok", value)`, `("raised", class name, message)` or `("exited", code)`."""
+    """Returns what a call came to: `[value]`, `["raised", class name, message]` or `["exited", code]`."""
     try:
-        return "ok", function(*args, **kwargs)
+        return [function(*args, **kwargs)]
     except SystemExit as error:
-        return "exited", f"{error.code}"[:50]
+        return ["exited", f"{error.code}"[:50]]
     except BaseException as error:
         kind = next(kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
         line = _line_of(error.__traceback__)
         if kind is MemoryError:
             error.__traceback__ = None  # frees what the frames hold, so that there is room for an answer
-            return "raised", "MemoryError", line
+            return ["raised", "MemoryError", line]
         try:
             message = str(error)[:150]
         except BaseException:
             message = ""
-        return "raised", kind.__name__, f"{message} ({line})" if message else line
+        return ["raised", kind.__name__, f"{message} ({line})" if message else line]
 
 
 def _line_of(traceback):
@@ -210,7 +212,7 @@ def _line_of(traceback):
 
 def _send_answer(channel, answer):
     try:
-        channel.send(list(answer))
+        channel.send(answer)
     except wire.CannotCross as error:
         channel.send(["cannot cross", str(error)])
     except MemoryError:

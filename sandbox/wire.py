@@ -3,10 +3,10 @@
 What a solution writes is length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other
 type is an object with one key that names the type. The decoder knows these few names and nothing else, so hostile
 bytes become a plain value or a `ValueError`, never code. Size, depth and number of items are bounded. What the judge
-writes is marshal, checked to be as plain.
+writes to a solution is marshal, checked to be as plain; the caller's programs travel to the judge as marshal too, of
+any size.
 
-Not covered here: what the messages mean (judge.py, solution.py), and who is trusted: the caller's programs travel
-in the same frames, as JSON without bounds (`send_text`, `receive_text`).
+Not covered here: what the messages mean (judge.py, solution.py).
 """
 
 import collections
@@ -14,6 +14,7 @@ import json
 import marshal
 import os
 import sys
+from math import isfinite
 
 MAX_BYTES = 16 << 20  # one frame
 MAX_ITEMS = 2_000_000  # values in one frame, containers included
@@ -31,7 +32,7 @@ def encode(value):
     """Returns `value` as bytes; raises `CannotCross` for anything but bounded, exactly typed builtin values."""
     try:
         # Raw UTF-8 with "surrogatepass": \\u escapes would join two lone surrogates into one character.
-        data = _dumps(_pack(value, MAX_DEPTH, [MAX_ITEMS])).encode("utf-8", "surrogatepass")
+        data = _text(value, MAX_DEPTH, [MAX_ITEMS]).encode("utf-8", "surrogatepass")
     except RecursionError:
         raise CannotCross("a value is nested too deep to cross") from None
     return _bounded(data)
@@ -43,31 +44,35 @@ def _bounded(data):
     return data
 
 
-def _pack(value, depth, counter):
+def _text(value, depth, counter):
     kind = type(value)
+    if kind is int:
+        return str(value) if -SMALL_INT < value < SMALL_INT else f'{{"int":"{value:x}"}}'
     if kind is str or kind is bytes:
         if len(value) > MAX_BYTES:
             raise CannotCross(f"a string of {len(value)} characters cannot cross: {MAX_BYTES} are the limit")
-        return value if kind is str else {"bytes": value.hex()}
-    if kind is float or kind is bool or value is None:
-        return value
-    if kind is int:
-        return value if -SMALL_INT < value < SMALL_INT else {"int": hex(value)}
+        return _dumps(value) if kind is str else f'{{"bytes":"{value.hex()}"}}'
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is float:
+        return repr(value) if isfinite(value) else _dumps(value)
+    if value is None:
+        return "null"
     if kind is complex:
-        return {"complex": [value.real, value.imag]}
+        return f'{{"complex":[{_dumps(value.real)},{_dumps(value.imag)}]}}'
     if kind not in _CONTAINERS:
-        return _pack(_equal_builtin(value, kind), depth, counter)
+        return _text(_equal_builtin(value, kind), depth, counter)
     counter[0] -= len(value)
     if counter[0] < 0:
         raise CannotCross(f"a value of more than {MAX_ITEMS} items cannot cross")
     if depth == 0:
         raise CannotCross(f"a value nested more than {MAX_DEPTH} deep cannot cross")
     depth -= 1
-    if kind is list:
-        return [_pack(item, depth, counter) for item in value]
     if kind is dict:
-        return {"dict": [[_pack(key, depth, counter), _pack(item, depth, counter)] for key, item in value.items()]}
-    return {kind.__name__: [_pack(item, depth, counter) for item in value]}
+        pairs = [f"[{_text(key, depth, counter)},{_text(item, depth, counter)}]" for key, item in value.items()]
+        return f'{{"dict":[{",".join(pairs)}]}}'
+    items = ",".join([_text(item, depth, counter) for item in value])
+    return f"[{items}]" if kind is list else f'{{"{kind.__name__}":[{items}]}}'
 
 
 def _equal_builtin(value, kind):
@@ -98,6 +103,8 @@ def check(value):
     """Raises `CannotCross` unless `value` is of exactly typed builtin values throughout."""
     kind = type(value)
     if kind is dict:
+        if not value:
+            return
         value, kind = [*value, *value.values()], list
     if kind in _CONTAINERS:
         if not _SCALARS.issuperset(map(type, value)):
@@ -109,10 +116,12 @@ def check(value):
 
 def decode(data):
     """Returns the value in `data`; raises `ValueError` for bytes that `encode` would not have written."""
-    # Separators inside strings are counted too: the bound stays one, and counting stays at memory speed.
-    opened = data.count(b"[") + data.count(b"{")
-    if opened + data.count(b",") > 3 * MAX_ITEMS:
-        raise ValueError("too many items")
+    opened = 0
+    if len(data) > MAX_DEPTH:  # what is shorter is within all bounds
+        # Separators inside strings are counted too: the bound stays one, and counting stays at memory speed.
+        opened = data.count(b"[") + data.count(b"{")
+        if opened + data.count(b",") > 3 * MAX_ITEMS:
+            raise ValueError("too many items")
     try:
         text = data.decode("utf-8", "surrogatepass")
         value, end = _scan(text)
@@ -207,12 +216,12 @@ class Channel:
     def receive_trusting(self):
         return marshal.loads(self.receive_bytes())
 
-    def send_text(self, fields):
-        """Sends a list of strings and numbers of any size, to a side that trusts this one."""
-        self.send_bytes(_dumps(fields).encode("utf-8", "surrogatepass"))
+    def send_program(self, texts):
+        """Sends the caller's texts, of any size, to the judge, which trusts the caller."""
+        self.send_bytes(marshal.dumps(texts))
 
-    def receive_text(self):
-        return json.loads(self.receive_bytes(limit=1 << 32).decode("utf-8", "surrogatepass"))
+    def receive_program(self):
+        return marshal.loads(self.receive_bytes(limit=1 << 32))
 
     def send_bytes(self, data):
         data = len(data).to_bytes(4, "little") + data
@@ -225,7 +234,7 @@ class Channel:
         return decode(self.receive_bytes(limit))
 
     def receive_bytes(self, limit=MAX_BYTES):
-        pending = self._pending
+        pending = self._pending or self._read(65536)
         while len(pending) < 4:
             pending += self._read(65536)
         length = int.from_bytes(pending[:4], "little")

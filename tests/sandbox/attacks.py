@@ -106,6 +106,9 @@ FALSE_PASS = {
     "answers of the wrong shape": attack(
         "error", "import os\ndef f(x):\n    for data in (b'1', b'[]', b'[1]', b'{}', b'[\"ok\"]'):\n        os.write(3, len(data).to_bytes(4, 'little') + data)"
     ),
+    "loaded, it says, before it is": attack(
+        "failed", "import os\ndata = b'[null]'\nos.write(3, len(data).to_bytes(4, 'little') + data)\nf = lambda x: 0"
+    ),
     "endless frame": attack("error", "import os\ndef f(x):\n    while True: os.write(3, b'\\xff' * 4096)"),
     "channel closed": attack("crashed", "import os\nf = lambda x: os.close(3)"),
     "channel replaced": attack("crashed", "import os\nf = lambda x: os.dup2(0, 3)"),

@@ -331,3 +331,10 @@ def test_processes_of_a_launcher_share_the_cores(monkeypatch):
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Sandbox(**arguments)
+
+
+@pytest.mark.parametrize("name", ["solution", "tests", "entry_point", "setup"])
+def test_a_program_consists_of_texts(name):
+    texts = {"solution": "f = abs", "tests": "assert f(-1) == 1", "entry_point": "f", name: None}
+    with pytest.raises(TypeError, match=f"{name} of a Program is of type NoneType: give a str"):
+        Program(**texts)
