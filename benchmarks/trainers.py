@@ -5,10 +5,10 @@ Seconds and memory of an optimizer step: TRL's trainers, ours and one completion
 
 Everyone gets the same model (in bf16, or in fp32 where the processor has no bf16 instructions), the same LoRA adapter
 (`--adapter`, the SFT stage's), HumanEval's training tasks, 4 completions a task at temperature 0.8 and top_p 0.95,
-micro-batches of 8, the unit-test reward in the sandbox, and no KL penalty; everything else is its own default. A workload
-is a number of completions and where they end: after exactly 128 tokens (the EOS token does not end them), or where the
-policy ends them, after 256 at the latest. Every number is of the second of two steps in a process of its own: the first
-touches memory and builds kernels. (One at a time warms up on one completion.) All of it takes over two hours.
+micro-batches of 8, the unit-test reward in the sandbox, and no KL penalty; everything else is its own default. A
+workload is a number of completions and where they end: after exactly 128 tokens (the EOS token does not end them), or
+where the policy ends them, after 256 at the latest. Every number is of the second of two steps in a process of its own:
+the first touches memory and builds kernels. (One at a time warms up on one completion.) All of it takes over two hours.
 
 Not covered: GPUs and vLLM, and whether a step is worth taking.
 """

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from rewards import UnitTestReward
 from safetensors.torch import load
 from sandbox import Sandbox
-from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, generate_completions
+from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
 from trainers.adapters import base_comes_back
 from trainers.learning_signal import SignalWatch
 from transformers import TrainerCallback
