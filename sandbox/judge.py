@@ -220,7 +220,7 @@ class Judge:
     def _inline(self, solution, source, tests, entry_point, setup):
         answer = solution.load(source, entry_point, setup, tests)
         if len(answer) == 2 and answer[0] in ("passed", "failed", "error", "out_of_memory") and type(answer[1]) is str:
-            return tuple(answer)
+            return answer
         return explain(*answer)
 
 

@@ -21,7 +21,7 @@ MAX_ITEMS = 2_000_000  # values in one frame, containers included
 MAX_DEPTH = 100  # containers within containers
 SMALL_INT = 1 << 63  # larger integers travel in hexadecimal, which converts in linear time
 
-_dumps = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+_dumps = json.JSONEncoder(ensure_ascii=False).encode  # of strings and numbers: `_text` writes what contains them
 
 
 class CannotCross(Exception):
@@ -234,7 +234,7 @@ class Channel:
         return decode(self.receive_bytes(limit))
 
     def receive_bytes(self, limit=MAX_BYTES):
-        pending = self._pending or self._read(65536)
+        pending = self._pending
         while len(pending) < 4:
             pending += self._read(65536)
         length = int.from_bytes(pending[:4], "little")
