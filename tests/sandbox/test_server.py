@@ -1,0 +1,86 @@
+"""What the server asks of the kernel to be fast: huge pages for its code, and a scheduling policy for its workers.
+
+Not covered here: what it starts and replaces (test_sandbox.py).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sandbox.huge_pages import _readable_around
+
+ROOT = Path(__file__).resolve().parents[2]
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+
+
+POLICIES = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from sandbox import Program, Sandbox
+if sys.argv[2] == "idle":
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+with Sandbox(workers=1) as sandbox:
+    assert sandbox.run([Program("f = abs", "assert f(-1) == 1", "f")])[0].passed
+    server = sandbox._process.pid
+    (judge,) = open(f"/proc/{server}/task/{server}/children").read().split()
+    print(os.sched_getscheduler(int(judge)))
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("caller, worker", [("other", "SCHED_BATCH"), ("idle", "SCHED_IDLE")])
+def test_workers_do_not_take_more_than_the_caller_has(caller, worker):
+    run = subprocess.run([sys.executable, "-c", POLICIES, str(ROOT), caller], stdout=subprocess.PIPE, check=True)
+    assert int(run.stdout) == getattr(os, worker)
+
+
+MOVE = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+import huge_pages
+if sys.argv[2] == "refused":
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+moved = huge_pages.move_code()
+executable, huge = False, 0
+for line in open("/proc/self/smaps"):
+    first, second, *_ = line.split()
+    if "-" in first:
+        executable = "x" in second
+    elif executable and first == "AnonHugePages:":
+        huge += int(second) * 1024
+libc, size = huge_pages._libc(), huge_pages.HUGE_PAGE
+page = -(-libc.mmap(0, 2 * size, 3, 0x22, -1, 0) // size) * size
+ctypes.memset(page, 1, size)
+able = libc.madvise(page, size, huge_pages.MADV_COLLAPSE) == 0 == libc.mprotect(page, size, 5)
+print(moved, huge, int(able))
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("kernel", ["willing", "refused"])
+def test_the_interpreters_code_moves_to_huge_pages_where_the_kernel_lets_it(kernel):
+    command = [sys.executable, "-I", "-c", MOVE, str(ROOT / "sandbox"), kernel]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    moved, huge, able = map(int, run.stdout.split())
+    assert not (able and kernel == "refused")
+    if able and os.uname().machine == "x86_64":
+        assert moved == huge >= 2 << 20
+    else:
+        assert moved == huge == 0
+
+
+def test_only_what_can_be_read_and_not_written_counts_as_code():
+    maps = [
+        "1000-2000 r--p 00000000 fe:00 7 /lib/other.so",
+        "2000-3000 r--p 00000000 fe:00 9 /lib/a python.so",
+        "3000-6000 r-xp 00001000 fe:00 9 /lib/a python.so",
+        "6000-8000 ---p 00004000 fe:00 9 /lib/a python.so",
+        "8000-9000 r--p 00004000 fe:00 9 /lib/a python.so",
+        "9000-a000 rw-p 00005000 fe:00 9 /lib/a python.so",
+        "a000-b000 r--p 00000000 00:00 0",
+    ]
+    assert _readable_around(0x4000, maps) == (0x2000, 0x6000)
+    assert _readable_around(0x9100, maps) == (0, 0)
