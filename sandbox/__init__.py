@@ -106,8 +106,12 @@ class _Worker:
         self.channel = None
         self.socket = None
         self.numpy = False
-        self.job = None  # index of the program in flight
+        self.job = None  # index of the program that it was given last
         self.deadline = 0.0
+
+    def close(self):
+        if self.socket is not None:
+            self.socket.close()
 
 
 class Sandbox:
@@ -152,6 +156,7 @@ class Sandbox:
 
         Raises:
             `RuntimeError`: If the workers cannot be started again after they were lost.
+            `OSError`: If there is no descriptor left to replace a worker with.
         """
         programs = list(programs)
         with self._ours():
@@ -198,6 +203,9 @@ class Sandbox:
         verdicts = [None] * len(programs)
         attempts = [0] * len(programs)
         waiting = deque(range(len(programs)))
+        idle = list(self._pool)
+        busy = {}  # descriptor: worker; the first has the earliest deadline
+        poll = select.poll()
         _tell_of_inline(programs)
 
         def lost(job):
@@ -207,30 +215,38 @@ class Sandbox:
             else:
                 verdicts[job] = Verdict("crashed", f"its worker died {MAX_ATTEMPTS} times", 0.0)
 
-        while waiting or any(worker.job is not None for worker in self._pool):
+        def idle_again(descriptor):
+            poll.unregister(descriptor)
+            idle.append(busy.pop(descriptor))
+            return idle[-1]
+
+        while waiting or busy:
             if not self._running():
-                for worker in self._pool:
-                    if worker.job is not None:
-                        lost(worker.job)
+                for worker in busy.values():
+                    lost(worker.job)
                 self._start()
-            for worker in self._pool:
-                if worker.job is None and waiting:
-                    self._assign(worker, waiting.popleft(), programs)
+                idle, busy, poll = list(self._pool), {}, select.poll()
+                continue
+            while waiting and idle:
+                worker = idle.pop()
+                self._assign(worker, waiting.popleft(), programs)
+                busy[worker.channel.readable] = worker
+                poll.register(worker.channel.readable, select.POLLIN)
             useless = []
-            for worker in self._wait():
-                job, worker.job = worker.job, None
+            pause = next(iter(busy.values())).deadline - time.monotonic()
+            for descriptor, _ in poll.poll(max(0, pause * 1000) + 1):
+                worker = idle_again(descriptor)
                 try:
-                    verdicts[job] = Verdict(*worker.channel.receive())
+                    verdicts[worker.job] = Verdict(*worker.channel.receive())
                 except (EOFError, ValueError, TypeError):
-                    lost(job)  # killed from outside, or the judge ran out of memory over an answer
+                    lost(worker.job)  # killed from outside, or the judge ran out of memory over an answer
                     useless.append(worker)
             now = time.monotonic()
-            for worker in self._pool:
-                if worker.job is not None and now > worker.deadline:
-                    job, worker.job = worker.job, None
-                    seconds = self.timeout + GRACE_SECONDS + now - worker.deadline
-                    verdicts[job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", seconds)
-                    useless.append(worker)
+            while busy and now > (worker := next(iter(busy.values()))).deadline:
+                idle_again(worker.channel.readable)
+                seconds = self.timeout + GRACE_SECONDS + now - worker.deadline
+                verdicts[worker.job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", seconds)
+                useless.append(worker)
             self._replace(useless)
         return verdicts
 
@@ -248,15 +264,6 @@ class Sandbox:
             )
         except OSError:
             pass  # reading tells that it died
-
-    def _wait(self):
-        """Returns the busy workers that can be read from, or none when the next deadline has come."""
-        poll = select.poll()
-        busy = {worker.channel.readable: worker for worker in self._pool if worker.job is not None}
-        for descriptor in busy:
-            poll.register(descriptor, select.POLLIN)
-        pause = min((worker.deadline for worker in busy.values()), default=0) - time.monotonic()
-        return [busy[descriptor] for descriptor, _ in poll.poll(max(0, pause * 1000) + 1)]
 
     def _running(self):
         return self._shutdown is not None and self._process.poll() is None
@@ -305,23 +312,24 @@ class Sandbox:
             self._shutdown()
             self._shutdown = None
             for worker in self._pool:
-                worker.socket.close()
+                worker.close()
             self._pool = []
 
     def _replace(self, workers):
         """Has all of them killed before it waits for their successors, whose start they would slow."""
         try:
             for worker in workers:
-                worker.socket.close()
                 self._request(worker)
             for worker in workers:
                 self._greet(worker)
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             self._process.kill()  # the server is of no use: `_run` starts another
             self._process.wait()
 
     def _request(self, worker):
-        worker.socket, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        worker.close()  # only now: no two workers ever have one descriptor
+        worker.socket = ours
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             worker.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
         worker.channel = Channel(worker.socket.fileno())

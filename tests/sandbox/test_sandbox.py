@@ -3,6 +3,7 @@
 Not covered here: hostile programs (test_attacks.py) and what crosses (test_wire.py).
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -301,6 +302,36 @@ def test_a_caller_with_many_open_files():
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
     try:
         with Sandbox(workers=1) as sandbox:
+            assert statuses(sandbox, GOOD) == ["passed"]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@linux_only
+def test_a_caller_without_descriptors_is_told():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    files = []
+
+    def leave(free):
+        with contextlib.suppress(OSError):
+            while True:
+                files.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(free):
+            os.close(files.pop())
+
+    try:
+        leave(20)
+        with pytest.raises(RuntimeError, match="does not start: .*Too many open files"):
+            Sandbox(workers=100)
+        with Sandbox(workers=1) as sandbox:
+            leave(1)
+            assert statuses(sandbox, GOOD) == ["passed"]
+            with pytest.raises(OSError, match="Too many open files"):
+                sandbox.run([Program(f"# numpy\n{GOOD.solution}", GOOD.tests, "f")])  # wants another worker
+            leave(20)
             assert statuses(sandbox, GOOD) == ["passed"]
     finally:
         for file in files:
