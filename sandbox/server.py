@@ -71,7 +71,7 @@ def schedule(number):
     """Keeps a worker on one core, where its processes take turns without cutting each other short.
 
     To wake one on another core costs a fifth. To be interrupted by the one just woken, instead of going on until there
-    is something to wait for, costs 3%; and where cores are scarce, it takes more than a fair share from the trainer.
+    is something to wait for, costs 2%; and where cores are scarce, it takes more than a fair share from the trainer.
 
     The number counts from the caller's process id, so that the few workers of several callers are on different cores.
     """
