@@ -295,25 +295,29 @@ def test_numpy_costs_no_solution_its_memory():
         assert statuses(sandbox, plain, with_numpy, plain) == ["passed"] * 3
 
 
-@linux_only
-def test_a_caller_with_many_open_files():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        with Sandbox(workers=1) as sandbox:
-            assert statuses(sandbox, GOOD) == ["passed"]
-    finally:
-        for file in files:
-            os.close(file)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@linux_only
-def test_a_caller_without_descriptors_is_told():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+@pytest.fixture
+def files():
+    """Descriptors that a test opens under a limit of its own; both end with it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = []
+    yield files
+    for file in files:
+        os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@linux_only
+def test_a_caller_with_many_open_files(files):
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    files.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(1100))
+    with Sandbox(workers=1) as sandbox:
+        assert statuses(sandbox, GOOD) == ["passed"]
+
+
+@linux_only
+def test_a_caller_without_descriptors_is_told(files):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
     def leave(free):
         with contextlib.suppress(OSError):
@@ -322,21 +326,16 @@ def test_a_caller_without_descriptors_is_told():
         for _ in range(free):
             os.close(files.pop())
 
-    try:
+    leave(20)
+    with pytest.raises(RuntimeError, match="does not start: .*Too many open files"):
+        Sandbox(workers=100)
+    with Sandbox(workers=1) as sandbox:
+        leave(1)
+        assert statuses(sandbox, GOOD) == ["passed"]
+        with pytest.raises(OSError, match="Too many open files"):
+            sandbox.run([Program(f"# numpy\n{GOOD.solution}", GOOD.tests, "f")])  # wants another worker
         leave(20)
-        with pytest.raises(RuntimeError, match="does not start: .*Too many open files"):
-            Sandbox(workers=100)
-        with Sandbox(workers=1) as sandbox:
-            leave(1)
-            assert statuses(sandbox, GOOD) == ["passed"]
-            with pytest.raises(OSError, match="Too many open files"):
-                sandbox.run([Program(f"# numpy\n{GOOD.solution}", GOOD.tests, "f")])  # wants another worker
-            leave(20)
-            assert statuses(sandbox, GOOD) == ["passed"]
-    finally:
-        for file in files:
-            os.close(file)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert statuses(sandbox, GOOD) == ["passed"]
 
 
 def test_isolation_is_reported_and_strict_refuses_what_auto_warns_about(sandbox):
