@@ -7,20 +7,25 @@ server, the zygote with the judge.
 Not covered here: the caller's side, which starts this file and talks to it (__init__.py).
 """
 
-import contextlib
-import importlib
-import json
 import os
-import select
-import signal
-import socket
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import arenas  # noqa: E402
+
+reserved = arenas.reserve()  # before any import that maps a library
+
+import contextlib  # noqa: E402
+import importlib  # noqa: E402
+import json  # noqa: E402
+import select  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
 
 # Reseeding random and resetting threading in every fork would cost more than the fork. The judge reseeds by itself, and
 # solutions all start from the same random state.
 os.register_at_fork = lambda **hooks: None
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import cage  # noqa: E402
 import huge_pages  # noqa: E402
 import judge  # noqa: E402
@@ -45,6 +50,7 @@ def worker(number, descriptor, settings):
     pids_failure = cage.separate_pids()
     cage.die_with_parent()
     if os.fork() == 0:
+        huge_pages.collapse_data()
         ours.close()
         os.close(descriptor)
         os.dup2(theirs.detach(), solution.CONTROL)
@@ -59,6 +65,7 @@ def worker(number, descriptor, settings):
             raise
         report.send([cage.report(missing)])
         solution.zygote(control, limit_child, "private files" not in missing)
+    huge_pages.trim_data()
     theirs.close()
     cage.hide()
     cage.limit_judge(settings["memory_mb"])
@@ -98,10 +105,12 @@ def serve(control, caller, settings):
                 load(NUMPY)
             if number in workers:
                 os.kill(workers.pop(number), signal.SIGKILL)
+            huge_pages.align_data()
             pid = os.fork()
             if pid == 0:
                 control.close()
                 worker(number, descriptors[0], settings)
+            huge_pages.trim_data()
             workers[number] = pid
             os.close(descriptors[0])
         reap(workers, os.WNOHANG)

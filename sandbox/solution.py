@@ -18,15 +18,13 @@ import sys
 import time
 import types
 
+import arenas
 import cage
 import judge
 import wire
 
 ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
-# CPython's allocator of small objects (Objects/obmalloc.c); with another one forks are slower and nothing is wrong
-POOL_SIZE, POOL_HEADER, ALIGNMENT, SMALLEST_BYTES, LARGEST_BLOCK = 16384, 48, 16, 48, 512
-MOST_FILLING = 1 << 17  # bytes for objects of one size; 18,000 were the most seen
 OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
 
 
@@ -48,7 +46,7 @@ def zygote(control, limit_child, has_scratch):
     sigkill = int(signal.SIGKILL)
     space = socket.CMSG_SPACE(8)  # two descriptors
     gc.collect()
-    fillers = fill_pools()  # noqa: F841
+    fillers = arenas.fill_pools()  # noqa: F841
     gc.freeze()
     while True:
         if not receive(1, space)[1]:  # the pipes come as the lowest free descriptors: ANSWERS and CALLS
@@ -75,21 +73,6 @@ def zygote(control, limit_child, has_scratch):
         pass
     finally:
         os._exit(1)
-
-
-def fill_pools():
-    """Returns objects that fill the free places between those of the interpreter.
-
-    A solution's own small objects then start new pools and lie close together. In the free places, on hundreds of pages
-    that it shares with the zygote, almost each of them would make the kernel copy a page.
-    """
-    fillers = []
-    for size in range(SMALLEST_BYTES, LARGEST_BLOCK + 1, ALIGNMENT):
-        for _ in range(MOST_FILLING // size):
-            fillers.append(bytes(size - sys.getsizeof(b"")))
-            if id(fillers[-1]) % POOL_SIZE == POOL_HEADER:  # the first of a new pool
-                break
-    return fillers
 
 
 def _wait_briefly(pid):

@@ -1,4 +1,4 @@
-"""What the server asks of the kernel to be fast: huge pages for its code, and a scheduling policy for its workers.
+"""What the server asks of the kernel to be fast: huge pages for code and data, and a scheduling policy for its workers.
 
 Not covered here: what it starts and replaces (test_sandbox.py).
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.huge_pages import _readable_around
+from sandbox.arenas import ARENA_SIZE, RESERVED_ARENAS
+from sandbox.huge_pages import _data, _readable_around
 
 ROOT = Path(__file__).resolve().parents[2]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
@@ -70,6 +71,67 @@ def test_the_interpreters_code_moves_to_huge_pages_where_the_kernel_lets_it(kern
         assert moved == huge >= 2 << 20
     else:
         assert moved == huge == 0
+
+
+COLLAPSE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import arenas
+reserved = arenas.reserve()
+import ctypes, huge_pages
+
+def mappings():
+    spans = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+    return [(int(start, 16), int(end, 16)) for start, end in spans]
+
+together = next(end - start for start, end in mappings() if start <= id(reserved[0]) < end)
+kept = [str(number) * (number % 900) for number in range(5000)]  # small objects, and 10 MB of larger ones
+before = mappings()
+huge_pages.align_data()
+extended = mappings() != before
+if os.fork():
+    sys.exit(os.wait()[1])
+if sys.argv[2] == "refused":
+    ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+extensions = list(huge_pages._extensions)
+collapsed = huge_pages.collapse_data()
+huge = sum(int(line.split()[1]) * 1024 for line in open("/proc/self/smaps") if line.startswith("AnonHugePages:"))
+left = sum(start <= extension < end for start, end in mappings() for extension, _ in extensions)
+kept += [str(number) * (number % 900) for number in range(5000, 9000)]
+assert kept == [str(number) * (number % 900) for number in range(9000)]
+libc, size = huge_pages._libc(), huge_pages.HUGE_PAGE
+page = -(-libc.mmap(0, 2 * size, 3, 0x22, -1, 0) // size) * size
+ctypes.memset(page, 1, size)
+able = libc.madvise(page, size, huge_pages.MADV_COLLAPSE) == 0
+print(together, int(extended), collapsed, huge, left, int(able))
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("kernel", ["willing", "refused"])
+def test_a_forks_data_collapses_to_huge_pages_where_the_kernel_lets_it(kernel):
+    command = [sys.executable, "-I", "-S", "-c", COLLAPSE, str(ROOT / "sandbox"), kernel]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    together, extended, collapsed, huge, left, able = map(int, run.stdout.split())
+    assert together > RESERVED_ARENAS * ARENA_SIZE
+    assert not (able and kernel == "refused")
+    assert extended and not left
+    if able:
+        assert collapsed >= huge >= 2 << 20
+    else:
+        assert collapsed == huge == 0
+
+
+def test_only_large_memory_that_is_no_file_and_no_stack_counts_as_data():
+    maps = [
+        "200000-500000 rw-p 00000000 00:00 0                          [heap]",
+        "600000-6ff000 rw-p 00000000 00:00 0",
+        "700000-800000 rw-p 00000000 00:00 0",
+        "900000-c00000 r-xp 00000000 00:00 0",
+        "d00000-f00000 rw-p 00000000 fe:00 7 /lib/a python.so",
+        "f00000-1f00000 rw-p 00000000 00:00 0                         [stack]",
+    ]
+    assert _data(maps) == [(0x200000, 0x500000), (0x700000, 0x800000)]
 
 
 def test_only_what_can_be_read_and_not_written_counts_as_code():
