@@ -5,7 +5,7 @@ interpreter's code once more, some forty times, and unmap a thousand pages at it
 memory, on pages of 2 MB, comes along with the fork as a few entries.
 
 Data is what a fork does copy the page tables of, page for page, each with a count that goes up and, at the end of the
-process, down. The parts of one huge page are counted together, even where each has its own entry (since Linux 6.8).
+process, down. The parts of one huge page are counted together, even where each has its own entry (since Linux 6.9).
 
 Not covered here: the pages that a fork has to copy because it writes to them (arenas.py).
 """
@@ -18,13 +18,13 @@ import time
 HUGE_PAGE = 1 << 21
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x100000
-MADV_COLLAPSE = 25  # since Linux 6.1
+MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25  # since Linux 5.14 and 6.1
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 FAILED = -1
-WAIT_SECONDS = 0.1  # for other workers that have the same pages in work
+WAIT_SECONDS = 0.1  # for other workers
 
-_aligned = []  # (address, size) of what `align_data` found
-_extensions = []  # and of what it added to that
+_pages = []  # addresses of what `align_data` found
+_extensions = []  # (address, size) of what it added
 
 
 def move_code():
@@ -66,66 +66,70 @@ def move_code():
     return size
 
 
-def align_data():
-    """Extends the mappings of the interpreter's data to whole huge pages, as far as the addresses beside them are free.
+def align_data(address):
+    """Extends the heap and the arenas of small objects to whole huge pages, as far as the addresses beside are free.
 
-    It takes a process that was not forked itself: what a fork maps stays apart from what it has inherited. Each process
-    that has the extensions calls `collapse_data` or `trim_data`, because the heap cannot grow until then.
+    It takes a process that was not forked itself: what a fork maps stays apart from what it has inherited. Until
+    `collapse_data` or `trim_data`, which each process that has the extensions calls, the heap cannot grow in one piece.
+
+    Args:
+        address (`int`): Where any small object lies.
     """
-    libc = _libc()
-    _aligned.clear()
+    _pages.clear()
     try:
         with open("/proc/self/maps") as maps:
-            mappings = _data(maps.readlines())
+            mappings = _data(address, maps.readlines())
     except OSError:
         return
+    libc = _libc()
     for start, end in mappings:
         low, high = start // HUGE_PAGE * HUGE_PAGE, -(-end // HUGE_PAGE) * HUGE_PAGE
         if not _extend(libc, low, start):
             low += HUGE_PAGE
         if not _extend(libc, end, high):
             high -= HUGE_PAGE
-        if low < high:
-            _aligned.append((low, high - low))
+        _pages.extend(range(low, high, HUGE_PAGE))
 
 
 def collapse_data():
-    """Puts the data that `align_data` found on huge pages of this process alone.
+    """Gathers on huge pages what `align_data` found, and unmaps what it added.
 
-    Where its parent did this, all that it writes to would be copied to small pages again.
+    A zygote calls it. Pages gathered earlier would be shared with its parents, and its every write would take a small
+    one out again.
 
     Returns:
-        `int`: Bytes that lie on huge pages now, with what was added for a moment.
+        `int`: Bytes that were gathered, with what was added to them.
     """
-    libc = _libc()
     end = time.monotonic() + WAIT_SECONDS
-    collapsed = 0
-    for address, size in _aligned:
-        for page in range(address, address + size, HUGE_PAGE):
-            ctypes.memmove(page, page, 1)  # what was not written to since the fork is refused
-        while (failed := libc.madvise(address, size, MADV_COLLAPSE) == FAILED) and time.monotonic() < end:
-            if ctypes.get_errno() != errno.EAGAIN:
-                break
-            time.sleep(0.001)
-        collapsed += 0 if failed else size
+    gathered = sum(_gather(page, end) for page in _pages)
     trim_data()
-    return collapsed
+    return gathered * HUGE_PAGE
 
 
 def trim_data():
     """Unmaps what `align_data` has added."""
-    libc = _libc()
     while _extensions:
-        libc.munmap(*_extensions.pop())
+        _libc().munmap(*_extensions.pop())
 
 
-def _data(maps):
-    """Returns start and end of each large mapping of anonymous memory that can be written to, but for the stack."""
+def _gather(page, end):
+    """Returns whether a huge page has taken the place of small ones, which other workers may hold until `end`."""
+    libc = _libc()
+    libc.madvise(page, 1, MADV_POPULATE_WRITE)  # the kernel refuses pages of which no part is this process's own
+    while libc.madvise(page, HUGE_PAGE, MADV_COLLAPSE) == FAILED:
+        if ctypes.get_errno() != errno.EAGAIN or time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _data(address, maps):
+    """Returns start and end of the heap, and of what is mapped around an address."""
     found = []
     for line in maps:
-        addresses, permissions, _, _, inode, *name = line.split()
+        addresses, permissions, _, _, _, *name = line.split()
         start, end = (int(text, 16) for text in addresses.split("-"))
-        if permissions == "rw-p" and inode == "0" and name != ["[stack]"] and end - start >= HUGE_PAGE // 2:
+        if permissions == "rw-p" and (name == ["[heap]"] or start <= address < end):
             found.append((start, end))
     return found
 

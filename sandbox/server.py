@@ -105,7 +105,7 @@ def serve(control, caller, settings):
                 load(NUMPY)
             if number in workers:
                 os.kill(workers.pop(number), signal.SIGKILL)
-            huge_pages.align_data()
+            huge_pages.align_data(id(reserved[0]))
             pid = os.fork()
             if pid == 0:
                 control.close()
