@@ -12,6 +12,7 @@ Not covered here: the pages that a fork has to copy because it writes to them (a
 
 import ctypes
 import errno
+import functools
 import os
 import time
 
@@ -81,12 +82,11 @@ def align_data(address):
             mappings = _data(address, maps.readlines())
     except OSError:
         return
-    libc = _libc()
     for start, end in mappings:
         low, high = start // HUGE_PAGE * HUGE_PAGE, -(-end // HUGE_PAGE) * HUGE_PAGE
-        if not _extend(libc, low, start):
+        if not _extend(low, start):
             low += HUGE_PAGE
-        if not _extend(libc, end, high):
+        if not _extend(end, high):
             high -= HUGE_PAGE
         _pages.extend(range(low, high, HUGE_PAGE))
 
@@ -134,11 +134,11 @@ def _data(address, maps):
     return found
 
 
-def _extend(libc, start, end):
+def _extend(start, end):
     """Maps what lies between two addresses, and returns whether all of it is mapped."""
     if start == end:
         return True
-    size = end - start
+    libc, size = _libc(), end - start
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
     mapped = libc.mmap(start, size, PROT_READ | PROT_WRITE, flags, -1, 0)
     if mapped == FAILED:
@@ -165,6 +165,7 @@ def _readable_around(address, maps):
     return next(((start, end) for start, end, _ in spans if start <= address < end), (0, 0))
 
 
+@functools.cache
 def _libc():
     libc = ctypes.CDLL(None, use_errno=True)
     address, number = ctypes.c_size_t, ctypes.c_int

@@ -38,6 +38,16 @@ def test_workers_do_not_take_more_than_the_caller_has(caller, worker):
     assert int(run.stdout) == getattr(os, worker)
 
 
+HUGE_PAGE = """
+def huge_page():
+    \"\"\"Returns address and size of memory that has the place of a huge page, on small ones.\"\"\"
+    size = huge_pages.HUGE_PAGE
+    page = -(-huge_pages._libc().mmap(0, 2 * size, 3, 0x22, -1, 0) // size) * size
+    ctypes.memset(page, 1, size)
+    return page, size
+"""
+
+
 MOVE = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[1])
@@ -52,9 +62,8 @@ for line in open("/proc/self/smaps"):
         executable = "x" in second
     elif executable and first == "AnonHugePages:":
         huge += int(second) * 1024
-libc, size = huge_pages._libc(), huge_pages.HUGE_PAGE
-page = -(-libc.mmap(0, 2 * size, 3, 0x22, -1, 0) // size) * size
-ctypes.memset(page, 1, size)
+libc = huge_pages._libc()
+page, size = huge_page()
 able = libc.madvise(page, size, huge_pages.MADV_COLLAPSE) == 0 == libc.mprotect(page, size, 5)
 print(moved, huge, int(able))
 """
@@ -63,7 +72,7 @@ print(moved, huge, int(able))
 @linux_only
 @pytest.mark.parametrize("kernel", ["willing", "refused"])
 def test_the_interpreters_code_moves_to_huge_pages_where_the_kernel_lets_it(kernel):
-    command = [sys.executable, "-I", "-c", MOVE, str(ROOT / "sandbox"), kernel]
+    command = [sys.executable, "-I", "-c", HUGE_PAGE + MOVE, str(ROOT / "sandbox"), kernel]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     moved, huge, able = map(int, run.stdout.split())
     assert not (able and kernel == "refused")
@@ -101,10 +110,8 @@ left = sum(start <= extension < end for start, end in mappings() for extension, 
 huge = sum(int(line.split()[1]) * 1024 for line in open("/proc/self/smaps") if line.startswith("AnonHugePages:"))
 kept += [str(number) * (number % 900) for number in range(5000, 9000)]
 assert kept == [str(number) * (number % 900) for number in range(9000)]
-libc, size = huge_pages._libc(), huge_pages.HUGE_PAGE
-page = -(-libc.mmap(0, 2 * size, 3, 0x22, -1, 0) // size) * size
-ctypes.memset(page, 1, size)
-able = libc.madvise(page, size, huge_pages.MADV_COLLAPSE) == 0
+page, size = huge_page()
+able = huge_pages._libc().madvise(page, size, huge_pages.MADV_COLLAPSE) == 0
 print(together, int(extended), gathered, huge, left, int(able))
 """
 
@@ -112,7 +119,7 @@ print(together, int(extended), gathered, huge, left, int(able))
 @linux_only
 @pytest.mark.parametrize("kernel", ["willing", "refused"])
 def test_a_forks_data_is_gathered_on_huge_pages_where_the_kernel_lets_it(kernel):
-    command = [sys.executable, "-I", "-S", "-c", COLLAPSE, str(ROOT / "sandbox"), kernel]
+    command = [sys.executable, "-I", "-S", "-c", HUGE_PAGE + COLLAPSE, str(ROOT / "sandbox"), kernel]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     together, extended, gathered, huge, left, able = map(int, run.stdout.split())
     assert together > RESERVED_ARENAS * ARENA_SIZE
