@@ -56,15 +56,15 @@ ZYGOTE_ONLY = ("fork", "kill", "wait4", "recvmsg", "chmod", "fchmodat", "prctl",
 PRLIMIT64 = (302, 261)
 # Python asks terminals and descriptors with ioctl, and takes this answer well.
 IOCTL = (16, 29)
-# Descriptors may be copied, asked and made not to block. Owners, signals, leases and notices are refused: by them a
-# descriptor makes the kernel send signals to other processes, or holds up whoever opens a file of the library.
+# Descriptors may be copied and asked. Owners, signals, leases and notices are refused: by them a descriptor makes the
+# kernel send signals to other processes, or holds up whoever opens a file of the library. So are flags, which would
+# stay on the /dev/null that all solutions share.
 FCNTL = (72, 25)
-F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
-O_ASYNC = 0x2000
+F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 1030
 
 LOAD, JUMP_EQUAL, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06  # classic BPF
 # Offsets in struct seccomp_data (little-endian)
-NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT, THIRD_ARGUMENT = 0, 4, 16, 24, 32
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
 
 
 class _Instruction(ctypes.Structure):
@@ -101,16 +101,13 @@ def zygote_filter():
         (JUMP_EQUAL, 0, 1, 0),
         (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, ERRNO | errno.EPERM),
-        (JUMP_EQUAL, 0, 11, FCNTL[column]),
+        (JUMP_EQUAL, 0, 8, FCNTL[column]),
         (LOAD, 0, 0, SECOND_ARGUMENT),
-        (JUMP_EQUAL, 7, 0, F_DUPFD),
-        (JUMP_EQUAL, 6, 0, F_GETFD),
-        (JUMP_EQUAL, 5, 0, F_SETFD),
-        (JUMP_EQUAL, 4, 0, F_GETFL),
-        (JUMP_EQUAL, 3, 0, F_DUPFD_CLOEXEC),
-        (JUMP_EQUAL, 0, 3, F_SETFL),
-        (LOAD, 0, 0, THIRD_ARGUMENT),
-        (JUMP_ANY_BIT, 1, 0, O_ASYNC),
+        (JUMP_EQUAL, 4, 0, F_DUPFD),
+        (JUMP_EQUAL, 3, 0, F_GETFD),
+        (JUMP_EQUAL, 2, 0, F_SETFD),
+        (JUMP_EQUAL, 1, 0, F_GETFL),
+        (JUMP_EQUAL, 0, 1, F_DUPFD_CLOEXEC),
         (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, ERRNO | errno.EPERM),
     ]

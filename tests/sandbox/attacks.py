@@ -211,6 +211,7 @@ ESCAPES = {
     "signals of a descriptor to another": raises("fcntl.fcntl(3, 8, 1)", "import fcntl"),  # F_SETOWN
     "signal of a descriptor chosen": raises("fcntl.fcntl(3, 10, 9)", "import fcntl"),  # F_SETSIG
     "signals of a descriptor switched on": raises("fcntl.fcntl(3, fcntl.F_SETFL, 0x2000)", "import fcntl"),  # O_ASYNC
+    "mark on the shared /dev/null": raises("fcntl.fcntl(0, fcntl.F_SETFL, os.O_APPEND)", "import fcntl, os"),
     "lease of a file": raises("fcntl.fcntl(os.open('x', os.O_CREAT), 1024, 0)", "import fcntl, os"),  # F_SETLEASE
     "notice of changes": raises("fcntl.fcntl(os.open('.', 0), 1026, 1)", "import fcntl, os"),  # F_NOTIFY
     "descriptor copied and asked": attack(
