@@ -38,6 +38,7 @@ del sys.path[0]
 PRELOADED = (
     "typing math collections itertools functools re heapq bisect string random datetime statistics fractions decimal"
     " copy operator hashlib"
+    " binascii zlib"  # for base64, secrets and zipfile: the system library that they need is out of reach later
 ).split()
 # With these already loaded, numpy imports nothing more when a solution uses it; its files are out of reach then.
 NUMPY = "numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random".split()

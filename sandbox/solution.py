@@ -4,13 +4,12 @@ The zygote is forked before any test text exists in the worker and is caged once
 source over its only descriptors, executes it, and answers calls until it is killed. Whatever it sends is data to the
 judge, so nothing here needs to be defended from the code it runs.
 
-Not covered here: the cage itself (cage.py) and what the answers are worth (judge.py).
+Not covered here: the cage itself (cage.py), how a script runs (script.py), and what the answers are worth (judge.py).
 """
 
 import builtins
 import ctypes
 import gc
-import io
 import os
 import signal
 import socket
@@ -21,11 +20,11 @@ import types
 import arenas
 import cage
 import judge
+import script
 import wire
 
 ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
-OUTPUT_LIMIT = wire.MAX_BYTES  # bytes that a script may print
 
 
 def zygote(control, limit_child, has_scratch):
@@ -45,6 +44,7 @@ def zygote(control, limit_child, has_scratch):
     receive, listdir, closerange, serve = control.recvmsg, os.listdir, os.closerange, _serve
     sigkill = int(signal.SIGKILL)
     space = socket.CMSG_SPACE(8)  # two descriptors
+    builtins.exit = builtins.quit = sys.exit  # the server starts without what puts them there
     gc.collect()
     fillers = arenas.fill_pools()  # noqa: F841
     gc.freeze()
@@ -109,7 +109,7 @@ def _load(source, entry_point):
     except BaseException as error:
         return ["not compiled", f"{type(error).__name__}: {error}"[:200]]
     if entry_point == "__main__":
-        return [lambda text: _run_script(code, text)]
+        return [lambda text: script.run(code, text, new_module("__main__"))]
     module = new_module("solution")
     answer = _guarded(exec, (code, module.__dict__), {})
     if len(answer) > 1:
@@ -125,27 +125,6 @@ def new_module(name):
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module
-
-
-def _run_script(code, text):
-    """Runs a program that reads stdin and prints; `sys.exit` is a normal end, unless it says that it failed."""
-    raw = _BoundedOutput()
-    sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode("utf-8", "surrogatepass")), "utf-8", "surrogatepass")
-    sys.stdout = io.TextIOWrapper(raw, "utf-8", "surrogatepass", write_through=True)
-    try:
-        exec(code, new_module("__main__").__dict__)
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            raise
-    sys.stdout.flush()
-    return raw.getvalue().decode("utf-8", "replace")
-
-
-class _BoundedOutput(io.BytesIO):
-    def write(self, data):
-        if self.tell() + len(data) > OUTPUT_LIMIT:
-            raise OSError("the program printed too much")
-        return super().write(data)
 
 
 def warm_up():

@@ -92,17 +92,6 @@ def test_exceptions_cross_by_name(sandbox):
     assert statuses(sandbox, *programs) == ["passed"] * 3
 
 
-def test_scripts_read_stdin_and_print(sandbox):
-    source = "import sys\nif __name__ == '__main__':\n    n = int(input())\n    print(n + sum(map(int, sys.stdin)))"
-    tests = "for given, wanted in [('1\\n2\\n3', '6\\n'), ('5', '5\\n')]:\n    assert candidate(given) == wanted"
-    wrong = "print(7)"
-    programs = [
-        Program(each, tests, "__main__")
-        for each in (f"{source}\nsys.exit()", wrong, "import sys; sys.exit(3)", "exit(")
-    ]
-    assert statuses(sandbox, *programs) == ["passed", "failed", "crashed", "error"]
-
-
 def test_tests_use_the_helpers_of_the_setup_and_a_main_block_does_not_run(sandbox):
     setup = "def helper(x):\n    return 2 * x\ndef f(x):\n    pass\n"
     source = "def f(x):\n    return 2 * x\nif __name__ == '__main__':\n    raise SystemExit(1)\n"
@@ -125,9 +114,8 @@ def test_inline_shares_live_objects_and_says_so(sandbox, caplog):
 
 def test_the_imports_of_solutions_work(sandbox):
     names = "typing math collections itertools functools re heapq bisect string random datetime statistics fractions"
-    source = (
-        "\n".join(f"import {name}" for name in f"{names} decimal copy operator hashlib".split()) + "\nf = lambda x: 4"
-    )
+    names += " decimal copy operator hashlib base64 zlib"
+    source = "\n".join(f"import {name}" for name in names.split()) + "\nf = lambda x: 4"
     numpy = "import numpy as np\nf = lambda x: np.linalg.norm(np.array([0, x + 1]))"
     assert statuses(sandbox, Program(source, "assert f(3) == 4", "f")) == ["passed"]
     pytest.importorskip("numpy")
