@@ -26,12 +26,6 @@ LINUX = sys.platform == "linux"
 linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
 def statuses(sandbox, *programs):
     return [verdict.status for verdict in sandbox.run(programs)]
 

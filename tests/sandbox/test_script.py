@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandbox import Program, Sandbox
+from sandbox import Program
 
 SCRIPTS = {
     "descriptors": "import os\nsize = os.fstat(0).st_size\nos.write(1, b'%d\\n' % (int(os.read(0, size)) + 1))",
@@ -42,12 +42,6 @@ print(int(input()) + 1)""",
     "exit": "print(int(input()) + 1)\nexit()\nprint('more')",
     "quit": "print(int(input()) + 1)\nquit(0)\nprint('more')",
 }
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
 
 
 def statuses(sandbox, *programs):
