@@ -237,7 +237,9 @@ class Sandbox:
             for descriptor, _ in poll.poll(max(0, pause * 1000) + 1):
                 worker = idle_again(descriptor)
                 try:
-                    verdicts[worker.job] = Verdict(*worker.channel.receive())
+                    verdicts[worker.job] = verdict = Verdict(*worker.channel.receive())
+                    if verdict.status == "timeout":  # the judge was interrupted anywhere, such as within an import
+                        useless.append(worker)
                 except (EOFError, ValueError, TypeError):
                     lost(worker.job)  # killed from outside, or the judge ran out of memory over an answer
                     useless.append(worker)

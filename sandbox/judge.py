@@ -169,7 +169,6 @@ class Judge:
         self.timeout = timeout
         self.armed = False
         self.late = False
-        signal.signal(signal.SIGALRM, self._alarm)
 
     def _alarm(self, number, frame):
         if self.armed:
@@ -186,6 +185,9 @@ class Judge:
         solution = Solution(self.control)
         self.late = False
         try:
+            # Whatever the last tests made of the signal, or the end of its program's time in a moment of blocking it
+            signal.signal(signal.SIGALRM, self._alarm)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             # Repeated, in case the tests swallow the first one.
             self.armed = True
             signal.setitimer(signal.ITIMER_REAL, self.timeout, 0.1)
@@ -200,13 +202,14 @@ class Judge:
             signal.setitimer(signal.ITIMER_REAL, 0)
             solution.stop()
             solution.raised = None  # its traceback holds all that the tests held
-        if self.late:
+        seconds = time.monotonic() - start
+        if self.late or seconds > self.timeout:  # the tests may have put an alarm of their own in the timer's place
             status, detail = "timeout", f"no verdict within {self.timeout:g} s"
         elif solution.fault:
             status, detail = solution.fault
         # A solution may have had its say in the detail: keep it one short line, and a harmless one to print.
         detail = "".join(letter if letter.isprintable() else " " for letter in detail[:MAX_DETAIL])
-        return [status, detail, time.monotonic() - start]
+        return [status, detail, seconds]
 
     def _apart(self, solution, source, tests, entry_point, setup):
         answer = solution.load(source, entry_point, None, None)

@@ -269,6 +269,37 @@ def test_many_tests_that_cannot_be_interrupted_end_in_time_together():
         assert statuses(sandbox, *[GOOD] * 12) == ["passed"] * 12
 
 
+def test_tests_interrupted_within_an_import_spoil_no_later_program():
+    tests = "import numpy as np\nassert np.allclose(f(3), 4)"
+    busy = """
+import hashlib, threading, time
+def work():
+    while True:
+        hashlib.pbkdf2_hmac("sha256", b"x", b"y", 10**8)
+for _ in range(15):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+f = lambda x: 0
+"""
+    pytest.importorskip("numpy")
+    with Sandbox(workers=1, timeout=1.0) as sandbox:
+        got = statuses(sandbox, Program(busy, tests, "f"), *[Program(GOOD.solution, tests, "f")] * 5)
+    assert got == ["timeout"] + ["passed"] * 5
+
+
+def test_tests_with_alarms_of_their_own_give_no_program_more_time():
+    slow = "import time\ndef f(x):\n    time.sleep(0.7)\n    return x + 1"
+    alarms = [
+        "import signal\nsignal.alarm(10)\nassert f(3) == 4\nsignal.alarm(0)",
+        "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nassert f(3) == 4",
+        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\nassert f(3) == 4",
+    ]
+    with Sandbox(workers=1, timeout=0.5) as sandbox:
+        for tests in alarms:
+            programs = [Program(slow, tests, "f"), Program(GOOD.solution, tests, "f"), Program(slow, GOOD.tests, "f")]
+            assert statuses(sandbox, *programs) == ["timeout", "passed", "timeout"]
+
+
 def test_numpy_costs_no_solution_its_memory():
     """A worker that has loaded numpy keeps it; what a program may use stays the same."""
     source = "def f(x):\n    memory = bytearray(50 << 20)\n    return x + 1\n"
