@@ -185,7 +185,7 @@ class Judge:
         solution = Solution(self.control)
         self.late = False
         try:
-            # Whatever the last tests made of the signal, or the end of its program's time in a moment of blocking it
+            # Whatever the last tests made of the signal
             signal.signal(signal.SIGALRM, self._alarm)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             # Repeated, in case the tests swallow the first one.
