@@ -56,7 +56,7 @@ class Program:
     Args:
         solution (`str`): Untrusted source of a Python module.
         tests (`str`): Trusted source. It may use `entry_point` and `candidate`, and define `check(candidate)`, which
-            is then called.
+            is then called. Tests that end without a call of the solution pass nothing: their program is an `error`.
         entry_point (`str`): Name of the function that the solution must define. `"__main__"` makes the candidate a
             function that runs the solution as a script: stdin text in, printed text out.
         setup (`str`, defaults to `""`): Trusted source that is executed before the tests, such as a task's prompt with
@@ -237,8 +237,9 @@ class Sandbox:
             for descriptor, _ in poll.poll(max(0, pause * 1000) + 1):
                 worker = idle_again(descriptor)
                 try:
-                    verdicts[worker.job] = verdict = Verdict(*worker.channel.receive())
-                    if verdict.status == "timeout":  # the judge was interrupted anywhere, such as within an import
+                    *fields, spoilt = worker.channel.receive()
+                    verdicts[worker.job] = Verdict(*fields)
+                    if spoilt:
                         useless.append(worker)
                 except (EOFError, ValueError, TypeError):
                     lost(worker.job)  # killed from outside, or the judge ran out of memory over an answer

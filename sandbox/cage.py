@@ -46,7 +46,7 @@ NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NET = (
 )  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 2, 0x8000, 1, 2
-PIVOT_ROOT, CAPSET = {"aarch64": (41, 91)}.get(seccomp.MACHINE, (155, 126))
+CLONE, PIVOT_ROOT, CAPSET = {"aarch64": (220, 41, 91)}.get(seccomp.MACHINE, (56, 155, 126))
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 442, 444, 445, 446
 
 # Landlock's rights, by the kernel's bit; the number of bits known grows with its ABI.
@@ -100,22 +100,40 @@ def hide():
         _prctl(PR_SET_DUMPABLE, 0)
 
 
-def separate_pids():
-    """Makes the next fork of this process the first of a new pid namespace; returns what failed, or None."""
+def fork_apart():
+    """Forks a child that is the first process of a new pid namespace.
+
+    `unshare` before a fork would do as well, but take from this process the right to start threads.
+
+    Returns:
+        `tuple[int, str | None]`: What a fork returns, and what failed.
+    """
     if not LINUX:
-        return None
+        return os.fork(), None
+    user, group = os.getuid(), os.getgid()
     try:
-        _unshare(NEW_PIDS)  # root, and stays root until it has made its mounts
+        return _clone(NEW_PIDS), None  # root, and stays root until it has made its mounts
     except OSError:
-        try:
-            user, group = os.getuid(), os.getgid()
-            _unshare(NEW_USER | NEW_PIDS)
+        pass
+    try:
+        pid = _clone(NEW_USER | NEW_PIDS)
+    except OSError as error:
+        return os.fork(), error.strerror
+    try:
+        if pid == 0:
             _write_text("/proc/self/setgroups", "deny")
             _write_text("/proc/self/uid_map", f"{user} {user} 1")
             _write_text("/proc/self/gid_map", f"{group} {group} 1")
-        except OSError as error:
-            return error.strerror
-    return None
+    except OSError as error:
+        return pid, error.strerror
+    return pid, None
+
+
+def _clone(namespaces):
+    # PyDLL keeps the interpreter's lock, which the child would otherwise have to take without its threads
+    syscall = ctypes.PyDLL(None, use_errno=True).syscall
+    flags = ctypes.c_ulong(namespaces | signal.SIGCHLD)
+    return _check(syscall(ctypes.c_long(CLONE), flags, None, None, None, None), "clone")
 
 
 def enter(memory_mb, timeout, pids_failure=None):
@@ -124,7 +142,7 @@ def enter(memory_mb, timeout, pids_failure=None):
     Args:
         memory_mb (`int`): Megabytes of address space for each child, beside what this process has now.
         timeout (`float`): Seconds that a child may live; bounds its processor time.
-        pids_failure (`str`, *optional*): What `separate_pids` returned in the parent.
+        pids_failure (`str`, *optional*): What failed in `fork_apart`.
 
     Returns:
         `tuple[dict[str, str], Callable[[], int | None]]`: Why each feature that is not active is missing, and what each

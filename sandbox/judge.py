@@ -5,7 +5,7 @@ program. A call of the proxy sends the arguments, receives a plain value or the 
 tests what the function would have done. Whatever the tests swallow, a channel that broke makes `passed` impossible.
 
 Not covered here: what keeps the solution in its process (cage.py), and programs asked for `inline`, whose tests run
-beside the solution and can be fooled by it (`run_inline`).
+beside the solution and can be fooled by it (solution.py).
 """
 
 import builtins
@@ -17,6 +17,8 @@ import signal
 import socket
 import sys
 import time
+import types
+from _thread import allocate_lock
 
 import wire
 
@@ -43,7 +45,9 @@ class Solution:
     def __init__(self, control):
         self.control = control
         self.fault = None  # (status, detail) of what broke first; a verdict can no longer be `passed`
-        self.raised = None  # the last exception raised in the tests in the solution's name
+        self.called = False
+        self._turn = allocate_lock()  # a call is alone on the channel, whichever thread of the tests makes it
+        self._ending = allocate_lock()  # only one asks the zygote to kill it, or how it died
         # Two pipes: a call takes a third less time to cross and come back than over one socket
         answers, their_answers = os.pipe()
         their_calls, calls = os.pipe()
@@ -64,21 +68,22 @@ class Solution:
 
     def call(self, *args, **kwargs):
         """What the tests call: the candidate."""
-        if self.fault:
-            raise Fault
-        try:
-            self.channel.send_trusted((args, kwargs))
-        except wire.CannotCross as error:
-            self._break("error", f"in an argument of the tests: {error}")
-        except ConnectionError:
-            pass
-        answer = self._receive()
-        if len(answer) == 1:
-            return answer[0]
-        if answer[0] == "raised" and len(answer) == 3 and type(answer[1]) is type(answer[2]) is str:
-            self.raised = _exception(*answer[1:])
-            raise self.raised
-        self._break(*explain(*answer))
+        self.called = True
+        with self._turn:
+            if self.fault or self.channel is None:
+                raise Fault
+            try:
+                self.channel.send_trusted((args, kwargs))
+            except wire.CannotCross as error:
+                self._break("error", f"in an argument of the tests: {error}")
+            except ConnectionError:
+                pass
+            answer = self._receive()
+            if len(answer) == 1:
+                return answer[0]
+            if not _tells_of_exception(answer):
+                self._break(*explain(*answer))
+        raise _exception(answer)
 
     def _receive(self):
         try:
@@ -100,21 +105,25 @@ class Solution:
 
     def stop(self):
         """Has the process killed, unless it has ended."""
-        if self.channel is not None:
-            channel, self.channel = self.channel, None
-            self.control.send(b"k")
-            channel.close()  # only now: the end of its channel would wake up the solution
+        with self._ending:
+            if self.channel is not None:
+                channel, self.channel = self.channel, None
+                self.control.send(b"k")
+                channel.close()  # only now: the end of its channel would wake up the solution
 
     def _wait_status(self):
         """Returns how the process ended, which closed its channel."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # half of this would confuse the zygote
-        self.channel.close()
-        self.channel = None
-        try:
-            self.control.send(b"w")
-            status = self.control.recv(4)
-        except ConnectionError:
-            status = b""
+        with self._ending:
+            if self.channel is None:  # the tests are over, and this is a thread that they left
+                raise Fault
+            self.channel.close()
+            self.channel = None
+            try:
+                self.control.send(b"w")
+                status = self.control.recv(4)
+            except ConnectionError:
+                status = b""
         if not status:
             os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
@@ -122,10 +131,14 @@ class Solution:
 
 
 def explain(kind, *content):
-    """Returns status and detail for an answer that is no value and no exception of a call."""
-    if not all(type(part) is str for part in content):
-        return "error", "the solution wrote to the channel itself"
+    """Returns status and detail for an answer that is no value."""
+    if _tells_of_exception((kind, *content)):
+        name, _, message, where = content
+        status = "out_of_memory" if name == "MemoryError" else "error"
+        return status, f"the solution raised {name} {where}{message and ': '}{message}"
     text = content[0] if content else ""
+    if type(text) is not str:
+        return "error", "the solution wrote to the channel itself"
     if kind == "exited":
         return "crashed", f"the solution called sys.exit({text})"
     if kind == "not compiled":
@@ -134,9 +147,6 @@ def explain(kind, *content):
         return "error", "the solution does not define the entry point as a function"
     if kind == "cannot cross":
         return "error", f"in the result: {text}"
-    if kind == "raised":
-        status = "out_of_memory" if text == "MemoryError" else "error"
-        return status, f"the solution raised {text}: {content[1] if len(content) > 1 else ''}"
     return "error", "the solution wrote to the channel itself"
 
 
@@ -150,15 +160,36 @@ def _explain_exit(status):
     return "crashed", f"the solution process exited with status {os.WEXITSTATUS(status)}"
 
 
-def _exception(name, message):
+def _tells_of_exception(answer):
+    return answer[0] == "raised" and [*map(type, answer[1:])] == [str, tuple, str, str]
+
+
+def _exception(answer):
+    """Returns what to raise in the tests for an exception of the solution."""
+    _, name, args, message, _ = answer
+    error = _closest_builtin(name, args, message)
+    error._answer = answer  # an exception of the tests has none
+    return error
+
+
+def _closest_builtin(name, args, message):
     kind = getattr(builtins, name, None)
     # The two that end an iteration would end the tests' own, `all(map(candidate, inputs))`, as if all had been seen
     if name in ("StopIteration", "StopAsyncIteration") or not (isinstance(kind, type) and issubclass(kind, Exception)):
         return SolutionError(f"{name}: {message}")
     try:
-        return kind(message)
-    except TypeError:  # UnicodeDecodeError and its like want more arguments
-        return SolutionError(f"{name}: {message}")
+        if issubclass(kind, UnicodeError):
+            *_, text, start, end, _ = args
+            if not 0 <= start <= end <= len(text):
+                raise ValueError("CPython would read beyond the text for the message")
+        return kind(*args)
+    except Exception:
+        pass
+    for base in kind.__mro__:
+        try:
+            return base(message)
+        except Exception:  # such as ExceptionGroup, which wants exceptions too
+            pass
 
 
 class Judge:
@@ -176,7 +207,7 @@ class Judge:
             raise TimeUp
 
     def grade(self, source, tests, entry_point, setup, inline):
-        """Returns the verdict's fields: `[status, detail, seconds]`."""
+        """Returns the verdict's fields and whether this worker must be replaced: `[status, detail, seconds, spoilt]`."""
         start = time.monotonic()
         if "random" in tests or "random" in setup:
             random.seed()  # whatever the last tests left
@@ -201,7 +232,6 @@ class Judge:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             solution.stop()
-            solution.raised = None  # its traceback holds all that the tests held
         seconds = time.monotonic() - start
         if self.late or seconds > self.timeout:  # the tests may have put an alarm of their own in the timer's place
             status, detail = "timeout", f"no verdict within {self.timeout:g} s"
@@ -209,15 +239,18 @@ class Judge:
             status, detail = solution.fault
         # A solution may have had its say in the detail: keep it one short line, and a harmless one to print.
         detail = "".join(letter if letter.isprintable() else " " for letter in detail[:MAX_DETAIL])
-        return [status, detail, seconds]
+        # A timeout interrupts the tests anywhere, such as within an import
+        return [status, detail, seconds, status == "timeout" or _threads_are_left()]
 
     def _apart(self, solution, source, tests, entry_point, setup):
         answer = solution.load(source, entry_point, None, None)
         if answer != [None]:
             return explain(*answer)
-        status, detail, error = run_tests(solution.call, entry_point, setup, tests)
-        if error is not None and error is solution.raised:
-            return explain("raised", type(error).__name__, str(error))
+        status, detail, error = run_tests(solution.call, entry_point, setup, tests, types.ModuleType("tests"))
+        if hasattr(error, "_answer"):
+            return explain(*error._answer)
+        if status == "passed" and not solution.called:
+            return "error", f"the tests came to their end without a call of {entry_point}"
         return status, detail
 
     def _inline(self, solution, source, tests, entry_point, setup):
@@ -232,9 +265,15 @@ def _compiled(text, name):
     return compile(text, name, "exec", dont_inherit=True)
 
 
-def run_tests(candidate, entry_point, setup, tests, namespace=None):
-    """Runs trusted tests against `candidate` and returns `(status, detail, exception or None)`."""
-    namespace = {} if namespace is None else namespace
+def _threads_are_left():
+    threading = sys.modules.get("threading")
+    return threading is not None and threading.active_count() > 1
+
+
+def run_tests(candidate, entry_point, setup, tests, module):
+    """Runs trusted tests in `module` against `candidate` and returns `(status, detail, exception or None)`."""
+    sys.modules["tests"] = module  # dataclasses and pickle look it up
+    namespace = module.__dict__
     namespace["__name__"] = "tests"
     try:
         exec(_compiled(setup, SETUP), namespace)
@@ -268,23 +307,11 @@ def _place(traceback, tests):
     return f"line {line} of the tests: {tests.splitlines()[line - 1].strip()}" if line else ""
 
 
-def run_inline(source, entry_point, setup, tests):
-    """Runs solution and tests in one namespace, in a solution process; returns `(status, detail)`."""
-    namespace = {"__name__": "solution"}
-    try:
-        exec(compile(source, "<solution>", "exec", dont_inherit=True), namespace)
-        candidate = namespace[entry_point]
-    except BaseException as error:
-        return "error", f"{type(error).__name__}: {error}"
-    status, detail, error = run_tests(candidate, entry_point, setup, tests, namespace)
-    return ("out_of_memory" if isinstance(error, MemoryError) else status), detail
-
-
 def judge(caller, control, timeout):
     """Serves the caller until it is gone.
 
     Args:
-        caller (`wire.Channel`): programs come in as lists of five, verdicts go out as lists of three.
+        caller (`wire.Channel`): programs come in as lists of five, verdicts go out as lists of four.
         control (`socket.socket`): connected to the worker's zygote.
         timeout (`float`): seconds a program may take.
     """

@@ -41,16 +41,19 @@ PRELOADED = (
     " binascii zlib"  # for base64, secrets and zipfile: the system library that they need is out of reach later
 ).split()
 # With these already loaded, numpy imports nothing more when a solution uses it; its files are out of reach then.
-NUMPY = "numpy numpy.fft numpy.linalg numpy.ma numpy.polynomial numpy.random".split()
+NUMPY = (
+    "numpy numpy.char numpy.ctypeslib numpy.fft numpy.lib.recfunctions numpy.linalg numpy.ma numpy.polynomial"
+    " numpy.random numpy.rec numpy.typing"
+).split()
 
 
 def worker(number, descriptor, settings):
     """Becomes the judge of a new worker, after forking its zygote. Never returns."""
     schedule(number + settings["caller"])
     ours, theirs = socket.socketpair()
-    pids_failure = cage.separate_pids()
     cage.die_with_parent()
-    if os.fork() == 0:
+    pid, pids_failure = cage.fork_apart()
+    if pid == 0:
         huge_pages.collapse_data()
         ours.close()
         os.close(descriptor)

@@ -24,6 +24,7 @@ import script
 import wire
 
 ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
+MAX_MESSAGE = 10_000  # characters of what an exception says
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
 
 
@@ -89,17 +90,29 @@ def _wait_briefly(pid):
 def _serve(channel):
     source, entry_point, setup, tests = channel.receive_trusting()
     if tests is not None:  # inline: the judge has given up the separation for this program
-        channel.send(list(judge.run_inline(source, entry_point, setup, tests)))
+        channel.send(_run_inline(source, entry_point, setup, tests))
         return
     answer = _load(source, entry_point)
     if len(answer) > 1:
-        channel.send(answer)
+        _send_answer(channel, answer)
         return
     (function,) = answer
     channel.send([None])
     while True:
         args, kwargs = channel.receive_trusting()
         _send_answer(channel, _guarded(function, args, kwargs))
+
+
+def _run_inline(source, entry_point, setup, tests):
+    """Runs solution and tests in one module; returns `[status, detail]`."""
+    module = new_module("solution")
+    try:
+        exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
+        candidate = module.__dict__[entry_point]
+    except BaseException as error:
+        return ["error", f"{type(error).__name__}: {error}"]
+    status, detail, error = judge.run_tests(candidate, entry_point, setup, tests, module)
+    return ["out_of_memory" if isinstance(error, MemoryError) else status, detail]
 
 
 def _load(source, entry_point):
@@ -145,37 +158,52 @@ def warm_up():
 
 
 def _guarded(function, args, kwargs):
-    """Returns what a call came to: `[value]`, `["raised", class name, message]` or `["exited", code]`."""
+    """Returns what a call came to: `[value]`, `["exited", code]` or `["raised", class name, args, message, where]`."""
     try:
         return [function(*args, **kwargs)]
     except SystemExit as error:
         return ["exited", f"{error.code}"[:50]]
     except BaseException as error:
         kind = next(kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
-        line = _line_of(error.__traceback__)
+        where = _place(error.__traceback__)
         if kind is MemoryError:
             error.__traceback__ = None  # frees what the frames hold, so that there is room for an answer
-            return ["raised", "MemoryError", line]
+            return ["raised", "MemoryError", (), "", where]
         try:
-            message = str(error)[:150]
+            message = str(error)[:MAX_MESSAGE]
         except BaseException:
             message = ""
-        return ["raised", kind.__name__, f"{message} ({line})" if message else line]
+        return ["raised", kind.__name__, _arguments(kind, error, message), message, where]
 
 
-def _line_of(traceback):
+def _arguments(kind, error, message):
+    """Returns what to make an exception of that builtin class with, so that it says what `error` says."""
+    try:
+        args = kind.__reduce__(error)[1]  # those of an OSError and the file's name, which `error.args` lacks
+        if str(kind(*args)) == message:
+            return args
+    except BaseException:
+        pass
+    return (message,)
+
+
+def _place(traceback):
     line = 0
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == "<solution>":
             line = traceback.tb_lineno
         traceback = traceback.tb_next
-    return f"line {line} of the solution" if line else "in the call"
+    return f"in line {line}" if line else "in the call"
 
 
 def _send_answer(channel, answer):
     try:
         channel.send(answer)
     except wire.CannotCross as error:
-        channel.send(["cannot cross", str(error)])
+        if len(answer) > 1:  # an exception with such an argument
+            *kind, _, message, where = answer
+            channel.send([*kind, (message,), message, where])
+        else:
+            channel.send(["cannot cross", str(error)])
     except MemoryError:
-        channel.send(["raised", "MemoryError", "while its result was sent"])
+        channel.send(["raised", "MemoryError", (), "", "while its result was sent"])

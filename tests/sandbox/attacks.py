@@ -106,6 +106,12 @@ FALSE_PASS = {
     "answers of the wrong shape": attack(
         "error", "import os\ndef f(x):\n    for data in (b'1', b'[]', b'[1]', b'{}', b'[\"ok\"]'):\n        os.write(3, len(data).to_bytes(4, 'little') + data)"
     ),
+    "exception that speaks of a place outside its text": attack(
+        "failed",
+        "import os, sys\ndef f(x):\n    args = b'{\"tuple\":[\"utf-8\",{\"bytes\":\"78\"},-%d,-%d,\"m\"]}' % (10**15, 10**15 - 1)\n"
+        "    data = b'[\"raised\",\"UnicodeDecodeError\",' + args + b',\"m\",\"in line 1\"]'\n    os.write(3, len(data).to_bytes(4, 'little') + data)",
+        "try:\n    f(3)\nexcept ValueError as error:\n    assert str(error) != 'm'",
+    ),
     "loaded, it says, before it is": attack(
         "failed", "import os\ndata = b'[null]'\nos.write(3, len(data).to_bytes(4, 'little') + data)\nf = lambda x: 0"
     ),

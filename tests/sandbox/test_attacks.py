@@ -25,15 +25,18 @@ def children(pid):
 
 
 def footprint(sandbox):
-    """What the sandbox holds once the last solutions are gone, for which they have a second."""
+    """What the sandbox holds once the last solutions and replaced workers are gone, for which they have a second."""
     server = sandbox._process.pid
-    judges = children(server)
-    zygotes = [zygote for judge in judges for zygote in children(judge)]
     end = time.monotonic() + 1
-    while any(children(zygote) for zygote in zygotes) and time.monotonic() < end:
+    while True:
+        judges = children(server)
+        zygotes = [zygote for judge in judges for zygote in children(judge)]
+        processes = len(judges), len(zygotes), sum(len(children(zygote)) for zygote in zygotes)
+        if processes == (sandbox.workers, sandbox.workers, 0) or time.monotonic() > end:
+            break
         time.sleep(0.01)
     return {
-        "processes": (len(judges), len(zygotes), sum(len(children(zygote)) for zygote in zygotes)),
+        "processes": processes,
         "descriptors": [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), server)],
     }
 

@@ -79,7 +79,7 @@ def statuses(sandbox, *programs):
 def grader_pid(actor):
     """The process of an actor: the parent of a sandbox's server, which is a judge's parent."""
     path = Path(FOLDER) / "pid"
-    tests = f"import os\nwith open({str(path)!r}, 'w') as file:\n    file.write(str(os.getppid()))"
+    tests = f"import os\nwith open({str(path)!r}, 'w') as file:\n    file.write(str(os.getppid()))\nassert f(3) == 4"
     (verdict,) = ray.get(actor.handle.grade.remote([Program(GOOD.solution, tests, "f")]))
     assert verdict.passed
     return parent(path.read_text())

@@ -1,6 +1,7 @@
 """Verdicts of honest programs, and a pool that survives what happens to its processes.
 
-Not covered here: hostile programs (test_attacks.py) and what crosses (test_wire.py).
+Not covered here: what the tests of a program may do (test_judge.py), hostile programs (test_attacks.py) and what
+crosses (test_wire.py).
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def test_verdicts_keep_the_order_and_explain(sandbox):
     ]  # fmt: skip
     details = [verdict.detail for verdict in verdicts]
     assert details[:2] == ["", "AssertionError: line 2 of the tests: assert f(3) == y"]
-    assert details[2].startswith("the solution raised ZeroDivisionError") and "line 2 of the solution" in details[2]
+    assert details[2].startswith("the solution raised ZeroDivisionError in line 2: ")
     assert details[3].startswith("the solution does not compile: SyntaxError")
     assert details[4].startswith("the task's setup or tests do not load: SyntaxError")
     assert "in an argument of the tests: a value of type builtin_function_or_method cannot cross" in details[5]
@@ -72,26 +73,6 @@ def test_a_detail_is_one_short_harmless_line(sandbox):
     source = "def f(x):\n    raise ValueError('\\x1b[2J\\n\\ud800' + 'x' * 10**6)"
     (verdict,) = sandbox.run([Program(source, "f(3)", "f")])
     assert verdict.status == "error" and verdict.detail.isprintable() and len(verdict.detail) <= 200
-
-
-def test_exceptions_cross_by_name(sandbox):
-    source = "def f(name):\n    raise {}('text')\n"
-    tests = "try:\n    f(1)\nexcept {} as error:\n    assert 'text' in str(error)\nelse:\n    assert False"
-    crossing = [
-        ("ValueError", "ValueError"),
-        ("KeyError", "LookupError"),
-        ("type('E', (IndexError,), {})", "IndexError"),
-    ]
-    programs = [Program(source.format(raised), tests.format(caught), "f") for raised, caught in crossing]
-    assert statuses(sandbox, *programs) == ["passed"] * 3
-
-
-def test_tests_use_the_helpers_of_the_setup_and_a_main_block_does_not_run(sandbox):
-    setup = "def helper(x):\n    return 2 * x\ndef f(x):\n    pass\n"
-    source = "def f(x):\n    return 2 * x\nif __name__ == '__main__':\n    raise SystemExit(1)\n"
-    assert statuses(sandbox, Program(source, "assert f(3) == helper(3)", "f", setup)) == ["passed"]
-    assert statuses(sandbox, Program(source, "assert check(3) == 6", "check", "")) == ["error"]
-    assert statuses(sandbox, Program("def check(x):\n    return 6", "assert check(3) == 6", "check")) == ["passed"]
 
 
 def test_inline_shares_live_objects_and_says_so(sandbox, caplog):
@@ -110,7 +91,8 @@ def test_the_imports_of_solutions_work(sandbox):
     names = "typing math collections itertools functools re heapq bisect string random datetime statistics fractions"
     names += " decimal copy operator hashlib base64 zlib"
     source = "\n".join(f"import {name}" for name in names.split()) + "\nf = lambda x: 4"
-    numpy = "import numpy as np\nf = lambda x: np.linalg.norm(np.array([0, x + 1]))"
+    numpy = "import numpy as np, numpy.typing, numpy.lib.recfunctions\n"
+    numpy += "f = lambda x: np.char.upper(['a'])[0] == 'A' and np.linalg.norm(np.array([0, x + 1]))"
     assert statuses(sandbox, Program(source, "assert f(3) == 4", "f")) == ["passed"]
     pytest.importorskip("numpy")
     assert statuses(sandbox, *[Program(numpy, "assert f(3) == 4", "f"), GOOD] * 3) == ["passed"] * 6
@@ -267,37 +249,6 @@ def test_many_tests_that_cannot_be_interrupted_end_in_time_together():
         assert [verdict.status for verdict in verdicts] == ["timeout"] * 12
         assert 0.3 < max(verdict.seconds for verdict in verdicts) < seconds < 4
         assert statuses(sandbox, *[GOOD] * 12) == ["passed"] * 12
-
-
-def test_tests_interrupted_within_an_import_spoil_no_later_program():
-    tests = "import numpy as np\nassert np.allclose(f(3), 4)"
-    busy = """
-import hashlib, threading, time
-def work():
-    while True:
-        hashlib.pbkdf2_hmac("sha256", b"x", b"y", 10**8)
-for _ in range(15):
-    threading.Thread(target=work, daemon=True).start()
-time.sleep(0.3)
-f = lambda x: 0
-"""
-    pytest.importorskip("numpy")
-    with Sandbox(workers=1, timeout=1.0) as sandbox:
-        got = statuses(sandbox, Program(busy, tests, "f"), *[Program(GOOD.solution, tests, "f")] * 5)
-    assert got == ["timeout"] + ["passed"] * 5
-
-
-def test_tests_with_alarms_of_their_own_give_no_program_more_time():
-    slow = "import time\ndef f(x):\n    time.sleep(0.7)\n    return x + 1"
-    alarms = [
-        "import signal\nsignal.alarm(10)\nassert f(3) == 4\nsignal.alarm(0)",
-        "import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nassert f(3) == 4",
-        "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\nassert f(3) == 4",
-    ]
-    with Sandbox(workers=1, timeout=0.5) as sandbox:
-        for tests in alarms:
-            programs = [Program(slow, tests, "f"), Program(GOOD.solution, tests, "f"), Program(slow, GOOD.tests, "f")]
-            assert statuses(sandbox, *programs) == ["timeout", "passed", "timeout"]
 
 
 def test_numpy_costs_no_solution_its_memory():
