@@ -207,7 +207,7 @@ class Judge:
             raise TimeUp
 
     def grade(self, source, tests, entry_point, setup, inline):
-        """Returns the verdict's fields and whether this worker must be replaced: `[status, detail, seconds, spoilt]`."""
+        """Returns the verdict's fields, and whether to replace this worker: `[status, detail, seconds, spoilt]`."""
         start = time.monotonic()
         if "random" in tests or "random" in setup:
             random.seed()  # whatever the last tests left

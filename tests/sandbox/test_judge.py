@@ -77,6 +77,14 @@ def test_tests_may_call_the_solution_from_threads(sandbox, source, tests, status
     assert statuses(sandbox, *programs) == [status, "passed", "passed"] * 5
 
 
+def test_a_thread_that_tests_leave_is_gone_for_the_next_program():
+    leaving = "import time\nThread(target=time.sleep, args=[60]).start()\nassert f(3) == 4"
+    alone = "import threading\nassert f(3) == 4 and threading.active_count() == 1"
+    with Sandbox(workers=1) as sandbox:
+        programs = [Program(GOOD.solution, tests, "f") for tests in (THREADS + leaving, alone)]
+        assert statuses(sandbox, *programs * 3) == ["passed"] * 6
+
+
 def test_tests_interrupted_within_an_import_spoil_no_later_program():
     tests = "import numpy as np\nassert np.allclose(f(3), 4)"
     busy = """
