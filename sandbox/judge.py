@@ -82,7 +82,7 @@ class Solution:
             if len(answer) == 1:
                 return answer[0]
             if not _tells_of_exception(answer):
-                self._break(*explain(*answer))
+                self._break(*explain(answer))
         raise _exception(answer)
 
     def _receive(self):
@@ -130,9 +130,10 @@ class Solution:
         return int.from_bytes(status, "little")
 
 
-def explain(kind, *content):
+def explain(answer):
     """Returns status and detail for an answer that is no value."""
-    if _tells_of_exception((kind, *content)):
+    kind, *content = answer
+    if _tells_of_exception(answer):
         name, _, message, where = content
         status = "out_of_memory" if name == "MemoryError" else "error"
         return status, f"the solution raised {name} {where}{message and ': '}{message}"
@@ -245,10 +246,10 @@ class Judge:
     def _apart(self, solution, source, tests, entry_point, setup):
         answer = solution.load(source, entry_point, None, None)
         if answer != [None]:
-            return explain(*answer)
+            return explain(answer)
         status, detail, error = run_tests(solution.call, entry_point, setup, tests, types.ModuleType("tests"))
         if hasattr(error, "_answer"):
-            return explain(*error._answer)
+            return explain(error._answer)
         if status == "passed" and not solution.called:
             return "error", f"the tests came to their end without a call of {entry_point}"
         return status, detail
@@ -257,7 +258,7 @@ class Judge:
         answer = solution.load(source, entry_point, setup, tests)
         if len(answer) == 2 and answer[0] in ("passed", "failed", "error", "out_of_memory") and type(answer[1]) is str:
             return answer
-        return explain(*answer)
+        return explain(answer)
 
 
 @functools.lru_cache(maxsize=512)
@@ -291,20 +292,22 @@ def run_tests(candidate, entry_point, setup, tests, module):
         raise
     except BaseException as error:
         name = type(error).__name__
-        where = _place(error.__traceback__, tests)
-        return "failed", f"{name}: {where}" if where else f"{name}: {error}", error
+        line = last_line(error.__traceback__, TESTS)
+        where = f"line {line} of the tests: {tests.splitlines()[line - 1].strip()}" if line else error
+        return "failed", f"{name}: {where}", error
     finally:
         namespace.clear()  # its functions hold it, and it holds what they answered
     return "passed", "", None
 
 
-def _place(traceback, tests):
+def last_line(traceback, file):
+    """Returns the number of the last line of a file that the traceback comes by; 0 if there is none."""
     line = 0
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == TESTS:
+        if traceback.tb_frame.f_code.co_filename == file:
             line = traceback.tb_lineno
         traceback = traceback.tb_next
-    return f"line {line} of the tests: {tests.splitlines()[line - 1].strip()}" if line else ""
+    return line
 
 
 def judge(caller, control, timeout):

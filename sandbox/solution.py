@@ -24,6 +24,7 @@ import script
 import wire
 
 ANSWERS, CALLS, CONTROL = 3, 4, 5  # descriptors: two pipes of a solution process, and the zygote's socket
+SOURCE = "<solution>"
 MAX_MESSAGE = 10_000  # characters of what an exception says
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
 
@@ -107,7 +108,7 @@ def _run_inline(source, entry_point, setup, tests):
     """Runs solution and tests in one module; returns `[status, detail]`."""
     module = new_module("solution")
     try:
-        exec(compile(source, "<solution>", "exec", dont_inherit=True), module.__dict__)
+        exec(compile(source, SOURCE, "exec", dont_inherit=True), module.__dict__)
         candidate = module.__dict__[entry_point]
     except BaseException as error:
         return ["error", f"{type(error).__name__}: {error}"]
@@ -118,7 +119,7 @@ def _run_inline(source, entry_point, setup, tests):
 def _load(source, entry_point):
     """Returns `[function]`, or the answer that tells why there is none."""
     try:
-        code = compile(source, "<solution>", "exec", dont_inherit=True)
+        code = compile(source, SOURCE, "exec", dont_inherit=True)
     except BaseException as error:
         return ["not compiled", f"{type(error).__name__}: {error}"[:200]]
     if entry_point == "__main__":
@@ -165,7 +166,8 @@ def _guarded(function, args, kwargs):
         return ["exited", f"{error.code}"[:50]]
     except BaseException as error:
         kind = next(kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
-        where = _place(error.__traceback__)
+        line = judge.last_line(error.__traceback__, SOURCE)
+        where = f"in line {line}" if line else "in the call"
         if kind is MemoryError:
             error.__traceback__ = None  # frees what the frames hold, so that there is room for an answer
             return ["raised", "MemoryError", (), "", where]
@@ -185,15 +187,6 @@ def _arguments(kind, error, message):
     except BaseException:
         pass
     return (message,)
-
-
-def _place(traceback):
-    line = 0
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == "<solution>":
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return f"in line {line}" if line else "in the call"
 
 
 def _send_answer(channel, answer):

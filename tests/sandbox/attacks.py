@@ -108,7 +108,7 @@ FALSE_PASS = {
     ),
     "exception that speaks of a place outside its text": attack(
         "failed",
-        "import os, sys\ndef f(x):\n    args = b'{\"tuple\":[\"utf-8\",{\"bytes\":\"78\"},-%d,-%d,\"m\"]}' % (10**15, 10**15 - 1)\n"
+        "import os\ndef f(x):\n    args = b'{\"tuple\":[\"utf-8\",{\"bytes\":\"78\"},-%d,-%d,\"m\"]}' % (10**15, 10**15 - 1)\n"
         "    data = b'[\"raised\",\"UnicodeDecodeError\",' + args + b',\"m\",\"in line 1\"]'\n    os.write(3, len(data).to_bytes(4, 'little') + data)",
         "try:\n    f(3)\nexcept ValueError as error:\n    assert str(error) != 'm'",
     ),

@@ -8,8 +8,13 @@ from test_sandbox import GOOD, statuses
 
 from sandbox import Program, Sandbox
 
-FUTURE = "from __future__ import annotations\n"
-POINT = FUTURE + "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n"
+POINT = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Point:
+    x: int
+"""
 THREADS = "from concurrent.futures import ThreadPoolExecutor\nfrom threading import Thread\n"
 
 

@@ -28,14 +28,13 @@ import ray  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from test_sandbox import GOOD, statuses  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from rewards import UnitTestReward  # noqa: E402
 from sandbox import Program, RaySandbox, Sandbox, on_ray  # noqa: E402
 from trainers import ReinforceConfig, ReinforceTrainer, last_checkpoint  # noqa: E402
 
-
-GOOD = Program("def f(x):\n    return x + 1\n", "assert f(3) == 4", "f")
 TIMEOUT = 1.0
 
 
@@ -70,10 +69,6 @@ def sandbox(cluster, connected):
 def staff(cluster):
     while len(cluster.worker_nodes) < 2:
         cluster.add_node(num_cpus=1, include_dashboard=False)
-
-
-def statuses(sandbox, *programs):
-    return [verdict.status for verdict in sandbox.run(programs)]
 
 
 def grader_pid(actor):

@@ -1,6 +1,7 @@
 """Scripts: what a shell would give them they find, and what it would print is their answer."""
 
 import pytest
+from test_sandbox import statuses
 
 from sandbox import Program
 
@@ -42,10 +43,6 @@ print(int(input()) + 1)""",
     "exit": "print(int(input()) + 1)\nexit()\nprint('more')",
     "quit": "print(int(input()) + 1)\nquit(0)\nprint('more')",
 }
-
-
-def statuses(sandbox, *programs):
-    return [verdict.status for verdict in sandbox.run(programs)]
 
 
 def test_scripts_read_stdin_and_print(sandbox):
