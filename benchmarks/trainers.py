@@ -22,7 +22,6 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "recipes")]  # not this folder, whose files have the names of what they measure
 
@@ -30,16 +29,16 @@ import torch  # noqa: E402
 from common import multiplies_in_bf16  # noqa: E402
 from default_model import default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from rewards import UnitTestReward, load_tasks  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from trainers import ReinforceConfig, ReinforceTrainer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
+from rewards import UnitTestReward, load_tasks  # noqa: E402
+from sandbox import Sandbox  # noqa: E402
+from trainers import ReinforceConfig, ReinforceTrainer  # noqa: E402
 
 WORKLOADS = {"8 x 128": (8, 128), "32 x 128": (32, 128), "32 natural": (32, None)}
 SIDES = {
@@ -92,7 +91,7 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
             max_completion_length=num_tokens or 256,
             beta=0.0,
             max_steps=2,
-            bf16=DTYPE == torch.bfloat16,
+            bf16=torch.bfloat16 == DTYPE,
             use_cpu=True,
             save_strategy="no",
             report_to="none",

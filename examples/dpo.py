@@ -9,11 +9,11 @@ they were stopped, choose pairs by rule and train on the sampled tokens themselv
 """
 
 from datasets import Dataset
-from rewards import UnitTestReward, load_tasks
-from trainers import generate_completions
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config
 
+from rewards import UnitTestReward, load_tasks
+from trainers import generate_completions
 
 NUM_TASKS, NUM_GENERATIONS, MAX_COMPLETION_LENGTH = 16, 8, 128
 

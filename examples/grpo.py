@@ -7,8 +7,9 @@ On a machine without a GPU add `--use_cpu`; without the Hub, give the folder tha
 prints. `--use_peft` trains a LoRA adapter.
 """
 
-from rewards import UnitTestReward, load_tasks
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
+
+from rewards import UnitTestReward, load_tasks
 
 
 def main():

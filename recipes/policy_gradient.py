@@ -16,11 +16,12 @@ from common import (
     load_tokenizer,
     parse_settings,
 )
-from rewards import UnitTestReward
 from run_directory import RunDirectory
 from sampling import adapter_sha256
-from sandbox import Sandbox
 from trl import ModelConfig, get_peft_config
+
+from rewards import UnitTestReward
+from sandbox import Sandbox
 
 
 @dataclass

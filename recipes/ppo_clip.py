@@ -8,8 +8,8 @@ The run itself stands in `policy_gradient.py`, the algorithm in `trainers/ppo_cl
 """
 
 from policy_gradient import train_policy_gradient
-from trainers import PPOClipConfig, PPOClipTrainer
 
+from trainers import PPOClipConfig, PPOClipTrainer
 
 if __name__ == "__main__":
     train_policy_gradient("ppo_clip", PPOClipTrainer, PPOClipConfig)

@@ -40,14 +40,14 @@ from common import (
     refuse_several_processes,
 )
 from datasets import Dataset
-from rewards import UnitTestReward
 from run_directory import RunDirectory, write_whole
 from sampling import adapter_sha256, complete
-from sandbox import Sandbox
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig
 
+from rewards import UnitTestReward
+from sandbox import Sandbox
 
 PAIR_RULES = ("shortest_pass_longest_fail", "all_pairs", "reward_margin")
 

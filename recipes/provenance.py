@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-
 # What a report needs of a trainer's log; `eval_` before a name is the same, of the evaluation during training
 LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "clip_ratio/region_mean")
 LOGGED += ("rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")

@@ -8,8 +8,8 @@ The run itself stands in `policy_gradient.py`, the algorithm in `trainers/reinfo
 """
 
 from policy_gradient import train_policy_gradient
-from trainers import ReinforceConfig, ReinforceTrainer
 
+from trainers import ReinforceConfig, ReinforceTrainer
 
 if __name__ == "__main__":
     train_policy_gradient("reinforce", ReinforceTrainer, ReinforceConfig)

@@ -25,9 +25,9 @@ from statistics import mean
 from intervals import mcnemar_p
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pictures import draw_plane, draw_training
-from rewards import load_tasks
 from run_directory import write_whole
 
+from rewards import load_tasks
 
 # The published table: tasks passed of the same 33, mean tokens; its base is another, larger one
 PUBLISHED_BASE = "DeepSeek-Coder-1.3B"

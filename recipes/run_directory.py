@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from accelerate import PartialState
+
 from trainers import last_checkpoint
 
 

@@ -10,8 +10,9 @@ TRL's `SFTTrainer` on prompt and canonical solution, the loss on the solution on
 
 from common import TaskArguments, check_policy, load_policy, load_stage_tasks, load_tokenizer, parse_settings
 from run_directory import RunDirectory
-from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
 
 
 class _SFTTrainer(CompleteCheckpoints, SFTTrainer):

@@ -5,7 +5,6 @@ from .shaping import CompilesReward, PartialReward, compiles_reward, length_rewa
 from .tasks import humaneval_test_ids, load_tasks
 from .unit_tests import UnitTestReward, unit_test_reward
 
-
 __all__ = [
     "CompilesReward",
     "PartialReward",

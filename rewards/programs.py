@@ -9,7 +9,6 @@ import re
 
 from sandbox import Program
 
-
 # Every fenced block with what stands behind its opening fence; no two parts of it can match the same text in two ways
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ([], ["python"], ["python3"], ["py"])  # the first word there

@@ -16,7 +16,6 @@ from textwrap import indent
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 SPLITS = ("train", "fit", "validation", "test", "prompt", "all")
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-
 # Read when huggingface_hub is imported: neither a test nor a subprocess of it reaches for the network
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: two threads of so small a model wait for each other

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+
 from trainers.adapters import adapter_in_base_dtype
 from trainers.cpu_linear import fast_linears, fast_lora
-
 
 # AVX2 alone is not enough for oneDNN's bf16: there bf16 layers keep their own way, which the stages avoid by fp32
 needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 here")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "recipes" / "default_model.py")
 

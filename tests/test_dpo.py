@@ -13,13 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import dpo  # noqa: E402
 from dpo import PairTrainer, pair_dataset  # noqa: E402
-
 
 TASKS = Dataset.from_list(
     [

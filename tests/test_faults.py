@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainers.checkpoints
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
 
+import trainers.checkpoints
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
 
 # Children of a process that has imported everything already: a start costs a second instead of ten
 context = multiprocessing.get_context("forkserver")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from trainers import add_cpu_lm_head
 from transformers import MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from trainers import add_cpu_lm_head
 
 PROMPT_LENGTH = 6
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])

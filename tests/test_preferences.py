@@ -10,7 +10,6 @@ import pytest
 import yaml
 from datasets import Dataset, load_from_disk
 
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 

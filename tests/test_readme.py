@@ -9,7 +9,6 @@ import pytest
 import trl
 from datasets import Dataset
 
-
 ROOT = Path(__file__).parent.parent
 ONE_STEP = {"max_steps": 1, "logging_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none"}
 ONE_STEP |= {"save_strategy": "no", "per_device_train_batch_size": 2, "disable_tqdm": True}

@@ -9,7 +9,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
@@ -20,8 +19,8 @@ from policy_gradient import RLArguments  # noqa: E402
 from preferences import PreferencesArguments  # noqa: E402
 from provenance import training_commands  # noqa: E402
 from run_directory import RunDirectory  # noqa: E402
-from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
+from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 STAGES = {
     "sft": (TaskArguments, SFTConfig, ModelConfig),

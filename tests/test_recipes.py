@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
@@ -24,7 +23,6 @@ from default_model import DEFAULT_MODEL  # noqa: E402
 from evaluate import grade, load_extra_tests, print_table, summarize  # noqa: E402
 from intervals import wilson_interval  # noqa: E402
 from run_directory import RunDirectory  # noqa: E402
-
 
 TASKS = [
     {

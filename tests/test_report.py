@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
@@ -16,7 +15,6 @@ from evaluate import summarize  # noqa: E402
 from intervals import bootstrap_interval, mcnemar_p  # noqa: E402
 from pictures import _spread  # noqa: E402
 from provenance import machine  # noqa: E402
-
 
 HOSTILE = "    return 1</code></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'{{ 7*7 }}"
 HOSTILE += "\x1b[31m\u202e\ud800\n"

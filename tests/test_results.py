@@ -9,15 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rewards import load_tasks, task_program, truncate_completion
 from sandbox import Sandbox
-
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from evaluate import grade, summarize  # noqa: E402
-
 
 CUT_OFF = {"timeout", "out_of_memory", "crashed"}  # which limit ends a program first depends on the machine
 

@@ -3,9 +3,9 @@
 import os
 
 import pytest
+
 from rewards import UnitTestReward, program_source, truncate_completion, trusted_setup
 from sandbox import Sandbox
-
 
 PROMPT = 'def twice(n: int) -> int:\n    """Return 2 n."""\n'
 TEST = "def check(candidate):\n    assert candidate(3) == 6\n"

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
 from rewards import (
     CompilesReward,
     PartialReward,
@@ -19,10 +23,6 @@ from rewards import (
 from rewards.shaping import split_tests
 from sandbox import Sandbox
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
-from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
 
 # Whatever follows is a comment, so most completions of a random policy pass, and the rewards are known
 PROMPT = "def one():\n    return 1  # "

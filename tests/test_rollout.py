@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicLayer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
 from trainers import generate_completions
 from trainers.adapters import adapter_in_base_dtype
 from trainers.rollout import CACHE_ROOM, _RoomyLayer, sample_tokens
-from transformers import DynamicLayer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
 
 PROMPTS = ["def f(x):", "a", "import os\n\ndef longer_name(a, b):\n", "a", "zz = 3"]
 

@@ -4,8 +4,8 @@ import gzip
 import json
 
 import pytest
-from rewards import humaneval_test_ids, load_tasks
 
+from rewards import humaneval_test_ids, load_tasks
 
 TASK = {
     "task_id": "mine/0",

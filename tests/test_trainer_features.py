@@ -9,14 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rewards import UnitTestReward
 from safetensors.torch import load
+from transformers import TrainerCallback
+
+from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
 from trainers.adapters import base_comes_back
 from trainers.learning_signal import SignalWatch
-from transformers import TrainerCallback
-
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n\n\ndef long_name(x):\n", "b"]
 COMMON = {

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from two_processes import train
 
-
 ROOT = Path(__file__).parent.parent
 
 

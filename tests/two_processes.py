@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b", "c = ", "def g():\n", "x", "y = [1, 2]\n"]
 

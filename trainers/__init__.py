@@ -7,7 +7,6 @@ from .ppo_clip import PPOClipConfig, PPOClipTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
 from .rollout import generate_completions
 
-
 __all__ = [
     "CompleteCheckpoints",
     "PPOClipConfig",

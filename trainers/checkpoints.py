@@ -19,7 +19,6 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from trl.trainer.utils import RepeatSampler
 
-
 COMPLETE = "complete"
 
 

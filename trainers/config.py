@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from trl import RLOOConfig
 
-
 BASELINES = ("none", "batch", "group")
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 
-
 NUM_ROLLOUTS = 5  # in a row, before a warning
 
 logger = logging.getLogger(__name__)

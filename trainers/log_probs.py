@@ -22,7 +22,6 @@ from .adapters import base_model
 from .cpu_linear import fast_lora
 from .rollout import has_plain_lm_head
 
-
 # Positions and tokens whose logits exist at one time: 512 x 4,096 fp32 logits are 8 MB, which a cache holds
 NUM_POSITIONS = 512
 NUM_TOKENS = 4096

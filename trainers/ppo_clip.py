@@ -9,7 +9,6 @@ from accelerate.utils import gather
 from .config import PolicyGradientConfig
 from .policy_gradient import PolicyGradientTrainer
 
-
 # exp(20) is 5e8: beyond it a ratio says no more than that the policies have nothing in common
 MAX_LOG_RATIO = 20.0
 

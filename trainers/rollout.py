@@ -16,7 +16,6 @@ from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 from .adapters import adapter_in_base_dtype, base_model
 from .cpu_linear import fast_linears
 
-
 # How many of the most likely tokens are looked at before a row's whole vocabulary is sorted: on a CPU a sort of
 # 32 x 151,936 logits takes 152 ms, a top-k of 1,024 takes 10
 NUM_CANDIDATES = 1024

@@ -142,7 +142,7 @@ def mixed_batch():
 def test_an_address_that_does_not_answer_is_an_error(monkeypatch):
     monkeypatch.setattr(on_ray, "CONNECT_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        address = "127.0.0.1:{}".format(mute.getsockname()[1])
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"no Ray cluster at {address}: no answer within 2 s"):
             RaySandbox(address)
 

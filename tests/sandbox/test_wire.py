@@ -17,16 +17,20 @@ HASHABLE = st.recursive(
 )
 PLAIN = st.recursive(
     HASHABLE | st.integers(-(1 << 3000), 1 << 3000),
-    lambda inner: st.lists(inner, max_size=5)
-    | st.tuples(inner, inner)
-    | st.sets(HASHABLE, max_size=4)
-    | st.dictionaries(HASHABLE, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.tuples(inner, inner)
+        | st.sets(HASHABLE, max_size=4)
+        | st.dictionaries(HASHABLE, inner, max_size=4)
+    ),
     max_leaves=20,
 )
 GARBAGE = st.binary(max_size=200) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["int", "bytes", "complex", "tuple", "set", "frozenset", "dict", "?"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["int", "bytes", "complex", "tuple", "set", "frozenset", "dict", "?"]), inner)
+    ),
     max_leaves=10,
 ).map(lambda value: wire._dumps(value).encode())
 
