@@ -16,6 +16,8 @@ from textwrap import indent
 
 from datasets import Dataset, DatasetDict, load_dataset
 
+from .programs import prompt_setup
+
 COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 SPLITS = ("train", "fit", "validation", "test", "prompt", "all")
 
@@ -153,7 +155,8 @@ def _check_row(row: dict, where: str) -> dict:
         raise ValueError(f"{where}: field 'test' is not Python: {error}") from None
     if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
         raise ValueError(f"{where}: field 'test' defines no function check(candidate)")
-    return {column: row[column] for column in COLUMNS}
+    setup = row.get("setup") or prompt_setup(row["prompt"], row["entry_point"])
+    return {column: row[column] for column in COLUMNS} | {"setup": setup}
 
 
 def _benchmark(tasks: list[dict], source: str) -> str | None:

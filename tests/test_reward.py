@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rewards import UnitTestReward, program_source, truncate_completion, trusted_setup
+from rewards import UnitTestReward, truncate_completion
 from sandbox import Sandbox
 
 PROMPT = 'def twice(n: int) -> int:\n    """Return 2 n."""\n'
@@ -91,15 +91,3 @@ def test_bad_arguments():
 )
 def test_truncation_ends_where_the_function_ends(completion, kept):
     assert truncate_completion(completion) == kept
-
-
-def test_program_and_setup_of_a_prompt():
-    assert program_source(PROMPT, "    return n\n") == PROMPT + "    return n\n"
-    assert trusted_setup(PROMPT) == PROMPT
-    assert trusted_setup("def f(x):\n") == "def f(x):\n    pass\n"
-    assert trusted_setup("Write f.") == ""
-    assert program_source([], [{"content": "```py\na\n```\nor\n```\nb\n```"}]) == "b\n"
-    assert program_source([], [{"content": "```Python3\na\n```\nRun it:\n```bash\npython a.py\n```\nDone."}]) == "a\n"
-    assert program_source([], [{"content": "  ```python title='a'\nx\n```"}]) == "x\n"
-    long = "```" + " " * 100_000 + "`" * 100_000  # no time to speak of, and no program
-    assert program_source([], [{"content": long}]) == long

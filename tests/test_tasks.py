@@ -42,8 +42,8 @@ def test_humaneval_has_the_published_split():
 def test_jsonl_file_plain_and_compressed(tmp_path):
     path = write(tmp_path / "tasks.jsonl", TASK, {**TASK, "task_id": 1, "extra": "dropped"})
     tasks = load_tasks(path)
-    assert tasks[0] == TASK
-    assert tasks[1] == {**TASK, "task_id": "1"}
+    assert tasks[0] == {**TASK, "setup": ""}
+    assert tasks[1] == {**TASK, "task_id": "1", "setup": ""}
     compressed = tmp_path / "tasks.jsonl.gz"
     compressed.write_bytes(gzip.compress((tmp_path / "tasks.jsonl").read_bytes()))
     assert load_tasks(str(compressed))[:] == tasks[:]
@@ -70,6 +70,7 @@ def test_mbpp_becomes_a_body_to_complete(tmp_path):
             "limit = 4\n\ndef check(candidate):\n    assert candidate(2) == limit\n    assert candidate(0) == 0\n"
         ),
         "entry_point": "double",
+        "setup": "import math\n\ndef helper(x):\n    return 2 * x\n",
     }
 
 
