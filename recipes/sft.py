@@ -12,7 +12,7 @@ from common import TaskArguments, check_policy, load_policy, load_stage_tasks, l
 from run_directory import RunDirectory
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from trainers import CompleteCheckpoints, add_cpu_lm_head, keep_adapter_in_fp32
+from trainers import CompleteCheckpoints, keep_adapter_in_fp32, use_fast_log_probs
 
 
 class _SFTTrainer(CompleteCheckpoints, SFTTrainer):
@@ -39,8 +39,7 @@ def main():
     )
     if model_args.use_peft:
         keep_adapter_in_fp32(trainer.model)
-    if args.device.type == "cpu":
-        add_cpu_lm_head(trainer.model)
+    use_fast_log_probs(trainer.model, args.device)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()  # before the adapter: who finds that finds the log too
     trainer.save_model()

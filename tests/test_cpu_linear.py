@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trainers.adapters import adapter_in_base_dtype
-from trainers.cpu_linear import fast_linears, fast_lora
+from trainers.cpu.linear import lora_in_place, packed_linears
 
 # AVX2 alone is not enough for oneDNN's bf16: there bf16 layers keep their own way, which the stages avoid by fp32
 needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bf16 here")
@@ -22,13 +22,13 @@ def lora_policy(tiny_model, dtype=torch.float32, **settings):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_fast_linears_give_the_same_logits_and_leave_no_trace(tiny_model, use_dora, dtype):
+def test_packed_linears_give_the_same_logits_and_leave_no_trace(tiny_model, use_dora, dtype):
     model = lora_policy(tiny_model, dtype, use_dora=use_dora).eval()
     input_ids = torch.randint(2, 258, (3, 20))
     forwards = {name: module.forward for name, module in model.named_modules()}
     with torch.no_grad(), adapter_in_base_dtype(model):
         plain = model(input_ids).logits
-        with fast_linears(model, num_rows=3):
+        with packed_linears(model, num_rows=3):
             changed = {name for name, module in model.named_modules() if module.forward != forwards[name]}
             fast = model(input_ids).logits
     assert "base_model.model.lm_head" in changed, "no product was packed"
@@ -52,7 +52,7 @@ def test_fp32_products_read_16_bits_where_a_weight_has_no_more(tiny_model, large
     input_ids = torch.randint(2, 258, (3, 20))
     with torch.no_grad():
         plain = model(input_ids).logits
-        with fast_linears(model, num_rows=3), torch.profiler.profile() as profile:
+        with packed_linears(model, num_rows=3), torch.profiler.profile() as profile:
             fast = model(input_ids).logits
         exact = model.double()(input_ids).logits
     kernels = {event.key: event.count for event in profile.key_averages()}
@@ -62,7 +62,7 @@ def test_fp32_products_read_16_bits_where_a_weight_has_no_more(tiny_model, large
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype):
+def test_lora_in_place_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype):
     model = lora_policy(tiny_model, dtype, bias=bias)
     input_ids = torch.randint(2, 258, (3, 20))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -75,7 +75,7 @@ def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype)
         logits.float().log_softmax(-1)[..., 7].sum().backward()
         return [logits.detach().double(), *(model.get_parameter(name).grad.double() for name in names)]
 
-    plain, fast = run(contextlib.nullcontext), run(fast_lora)
+    plain, fast = run(contextlib.nullcontext), run(lora_in_place)
     assert not all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True)), "the fast way was not taken"
     model.double()
     for a, b, exact in zip(plain, fast, run(contextlib.nullcontext), strict=True):
@@ -84,15 +84,15 @@ def test_fast_lora_gives_the_same_outputs_and_gradients(tiny_model, bias, dtype)
 
 
 @pytest.mark.parametrize("settings, is_fast", [({}, True), ({"lora_dropout": 0.1}, False), ({"use_dora": True}, False)])
-def test_fast_lora_leaves_the_rest_to_peft(tiny_model, settings, is_fast):
+def test_lora_in_place_leaves_the_rest_to_peft(tiny_model, settings, is_fast):
     model = lora_policy(tiny_model, **settings).train()
     forwards = {name: module.forward for name, module in model.named_modules()}
 
     def changed():
         return {name for name, module in model.named_modules() if module.forward != forwards[name]}
 
-    with fast_lora(model):
+    with lora_in_place(model):
         assert bool(changed()) == is_fast
     assert not changed()
-    with model.disable_adapter(), fast_lora(model):
+    with model.disable_adapter(), lora_in_place(model):
         assert not changed(), "without its adapter a layer is the base's"

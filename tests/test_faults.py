@@ -172,19 +172,22 @@ def test_a_dead_reward_function_says_where_to_continue(tmp_path, tiny_folder, is
     with pytest.raises(RuntimeError) as error:
         trainer.train()
     assert str(error.value) == (
-        "training stopped after 2 steps: the reward function 'reward' failed: ConnectionError: no grader answers. "
+        "training stopped after 2 steps: grading by reward failed: ConnectionError: no grader answers. "
         f"The last complete checkpoint is {tmp_path / 'checkpoint-2'}"
     )
 
 
 @pytest.mark.parametrize(
-    "value, message", [(float("inf"), "the loss is -?inf"), (1e36, "the gradient's norm is inf: try a lower")]
+    "value, steps, message",
+    [(float("inf"), 1, "the loss is -?inf"), (1e36, 2, "the gradient's norm is inf: try a lower")],
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(tmp_path, tiny_folder, value, message):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, tiny_folder, value, steps, message):
+    """A norm that overflows clips the gradient to zero, so that step is taken and changes nothing for the worse."""
+
     def reward(trainer_state, completions, **kwargs):
         return [value if trainer_state.global_step == 1 else 1.0 for _ in completions]
 
-    trainer = build("reinforce", str(tiny_folder), tmp_path, reward)
-    with pytest.raises(RuntimeError, match=rf"stopped after 1 steps: {message}.*checkpoint-1$"):
+    trainer = build("reinforce", str(tiny_folder), tmp_path, reward, logging_steps=1)
+    with pytest.raises(RuntimeError, match=rf"stopped after {steps} steps: {message}.*checkpoint-1$"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())

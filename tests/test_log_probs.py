@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from trainers import add_cpu_lm_head
+from trainers.cpu import add_packed_lm_head
 
 PROMPT_LENGTH = 6
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
@@ -40,8 +40,8 @@ def adapter_gradients(model):
 def test_log_probs_entropy_and_gradients_equal_a_plain_forward(
     tiny_model, batch, monkeypatch, num_positions, num_tokens
 ):
-    monkeypatch.setattr("trainers.log_probs.NUM_POSITIONS", num_positions)
-    monkeypatch.setattr("trainers.log_probs.NUM_TOKENS", num_tokens)
+    monkeypatch.setattr("trainers.cpu.log_probs.NUM_POSITIONS", num_positions)
+    monkeypatch.setattr("trainers.cpu.log_probs.NUM_TOKENS", num_tokens)
     weights = torch.linspace(-1, 1, 8)  # a different weight a row, as advantages are
     model = with_adapter(tiny_model)
     expected_log_probs, expected_entropy, expected_mean_logits, expected_top1 = (torch.zeros(8, 10) for _ in range(4))
@@ -63,7 +63,7 @@ def test_log_probs_entropy_and_gradients_equal_a_plain_forward(
     model.zero_grad()
     base = model.get_base_model()
     add_fused_lm_head(base, temperature=0.7)
-    add_cpu_lm_head(base, temperature=0.7)
+    add_packed_lm_head(base, temperature=0.7)
     output = model(**batch, fused_lm_head=True)
     (weights * output.log_probs.sum(1)).sum().backward()
     torch.testing.assert_close(output.log_probs, expected_log_probs, rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_no_padding_and_a_shared_prompt_once(tiny_model, batch):
     )
     model = with_adapter(tiny_model)
     add_fused_lm_head(tiny_model)
-    add_cpu_lm_head(tiny_model)
+    add_packed_lm_head(tiny_model)
     model(**batch, fused_lm_head=True)
     prompts = batch["attention_mask"][[0, 3, 5], :PROMPT_LENGTH].sum()
     assert lengths == [(1, prompts + batch["attention_mask"][:, PROMPT_LENGTH:].sum())]
@@ -94,7 +94,7 @@ def test_nothing_to_score_is_a_zero_with_a_gradient(tiny_model, batch):
     batch["labels"][:] = -100
     model = with_adapter(tiny_model)
     add_fused_lm_head(tiny_model)
-    add_cpu_lm_head(tiny_model)
+    add_packed_lm_head(tiny_model)
     log_probs = model(**batch, fused_lm_head=True).log_probs
     assert torch.equal(log_probs, torch.zeros(8, 10))
     log_probs.sum().backward()
@@ -118,14 +118,14 @@ def test_a_sliding_window_is_kept(batch):
     labels = batch["labels"][:, 1:]
     expected = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
     add_fused_lm_head(model)
-    add_cpu_lm_head(model)
+    add_packed_lm_head(model)
     torch.testing.assert_close(model(**batch, fused_lm_head=True).log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_base_agrees_with_fp32_to_bf16_accuracy(tiny_model, batch):
     model = with_adapter(tiny_model.to(torch.bfloat16))
     add_fused_lm_head(tiny_model)
-    add_cpu_lm_head(tiny_model)
+    add_packed_lm_head(tiny_model)
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             half = model(**batch, fused_lm_head=True).log_probs
@@ -141,7 +141,7 @@ def test_trained_head_keeps_trls_way(tiny_model, batch):
         forward = tiny_model.forward
         add_fused_lm_head(tiny_model)
         if cpu_head:
-            add_cpu_lm_head(tiny_model)
+            add_packed_lm_head(tiny_model)
         tiny_model(**batch, fused_lm_head=True).log_probs.sum().backward()
         tiny_model.forward = forward
         return tiny_model.lm_head.weight.grad.clone()
@@ -152,6 +152,6 @@ def test_trained_head_keeps_trls_way(tiny_model, batch):
 def test_calls_without_the_fused_head_are_the_models_own(tiny_model, batch):
     expected = tiny_model(batch["input_ids"], labels=batch["input_ids"])
     add_fused_lm_head(tiny_model)
-    add_cpu_lm_head(tiny_model)
+    add_packed_lm_head(tiny_model)
     output = tiny_model(batch["input_ids"], labels=batch["input_ids"])
     assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)

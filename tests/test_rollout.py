@@ -7,7 +7,8 @@ from transformers import DynamicLayer, TemperatureLogitsWarper, TopKLogitsWarper
 
 from trainers import generate_completions
 from trainers.adapters import adapter_in_base_dtype
-from trainers.rollout import CACHE_ROOM, _RoomyLayer, sample_tokens
+from trainers.rollout.eager import CACHE_ROOM, _RoomyLayer
+from trainers.rollout.sampling import sample_tokens
 
 PROMPTS = ["def f(x):", "a", "import os\n\ndef longer_name(a, b):\n", "a", "zz = 3"]
 
@@ -30,7 +31,7 @@ def test_greedy_batch_equals_one_by_one_and_transformers(tiny_model, tiny_tokeni
 )
 @pytest.mark.parametrize("vocab", [50, 1500])
 def test_samples_follow_the_warped_distribution(temperature, top_p, top_k, vocab):
-    """Chi-square against transformers' own warpers; with 1,500 near-equal tokens the nucleus outgrows the candidates."""
+    """Chi-square against transformers' warpers. With 1,500 near-equal tokens the nucleus outgrows the candidates."""
     torch.manual_seed(1)
     logits = torch.randn(1, vocab) * (2.0 if vocab == 50 else 0.3)
     warped = TemperatureLogitsWarper(temperature)(None, logits)

@@ -1,7 +1,8 @@
 """What people expect of a TRL trainer: reward functions of all kinds, evaluation, logs, warnings, model cards."""
 
 import asyncio
-import threading
+import signal
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,39 +46,31 @@ def build(trainer_class, model, output_dir, reward_funcs, prompts=PROMPTS, train
     )
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize(
-    "trainer_class, settings",
-    [
-        (ReinforceTrainer, {}),
-        (ReinforceTrainer, {"beta": 0.1}),
-        (PPOClipTrainer, {}),
-        (PPOClipTrainer, {"steps_per_generation": 4, "per_device_train_batch_size": 1}),
-    ],
-)
-def test_rewards_are_computed_beside_the_log_probabilities(tmp_path, tiny_model, is_async, trainer_class, settings):
-    """A reward that ends only once log-probabilities of its rollout have been computed."""
-    scored = threading.Event()
+def test_rewards_run_where_trl_runs_them(tmp_path, tiny_model):
+    """Rewards that use a signal, the thread's event loop, or a connection that belongs to the importing thread."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    connection = sqlite3.connect(":memory:")
 
-    def reward(completions, **kwargs):
-        assert scored.wait(timeout=20), "the trainer waits for the rewards before it computes log-probabilities"
-        return [1.0, 0.0, 0.0, 0.0]
+    def with_alarm(completions, **kwargs):
+        signal.alarm(20)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        return [1.0] * len(completions)
 
-    async def async_reward(completions, **kwargs):
-        return await asyncio.to_thread(reward, completions)
+    def with_event_loop(completions, **kwargs):
+        return asyncio.get_event_loop().run_until_complete(asyncio.sleep(0, [2.0] * len(completions)))
 
-    class Trainer(trainer_class):
-        def _roll_out(self, tasks):
-            scored.clear()
-            return super()._roll_out(tasks)
+    def with_sqlite(completions, **kwargs):
+        return [float(connection.execute("select 3").fetchone()[0]) for _ in completions]
 
-        def _completion_logps(self, *args, **kwargs):
-            try:
-                return super()._completion_logps(*args, **kwargs)
-            finally:
-                scored.set()
-
-    build(Trainer, tiny_model, tmp_path, async_reward if is_async else reward, max_steps=2, **settings).train()
+    trainer = build(ReinforceTrainer, tiny_model, tmp_path, [with_alarm, with_event_loop, with_sqlite])
+    try:
+        trainer.train()
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    assert trainer.state.log_history[0]["reward"] == 6.0
 
 
 def test_several_rewards_with_weights_some_async_some_silent(tmp_path, tiny_model):
@@ -185,7 +178,7 @@ def test_metrics_of_a_step(tmp_path, tiny_model, capsys):
         *("loss", "reward", "pass_rate", "timeout_rate", "grad_norm", "entropy", "approx_kl", "frac_reward_zero_std"),
         *("completions/mean_length", "completions/clipped_ratio", "completion_tokens", "ratio/min", "ratio/max"),
         *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "rewards/reward/mean"),
-        *(f"seconds/{phase}" for phase in ("rollout", "grading", "grading_wait", "log_probs", "backward")),
+        *(f"seconds/{phase}" for phase in ("rollout", "grading", "log_probs", "backward")),
     }
     assert logs[0]["seconds/rollout"] > 0 and logs[0]["seconds/backward"] > 0
     printed = capsys.readouterr().out
@@ -298,9 +291,9 @@ def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, tiny_model, monk
 
 def test_the_rollout_for_cpus_stays_there(tmp_path, tiny_model, monkeypatch):
     trainer = build(ReinforceTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
-    assert trainer._rolls_out_on_cpu
+    assert trainer._has_own_rollout
     monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("cuda"))
-    assert not trainer._rolls_out_on_cpu
+    assert not trainer._has_own_rollout
 
 
 def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path, tiny_model):

@@ -280,17 +280,40 @@ def test_kl_to_the_policy_it_started_from_is_subtracted_from_the_reward(tmp_path
 def test_no_forward_more_than_needed(tmp_path, tiny_model, trainer_class, config_class, settings, num_forwards):
     """Of the policy: one for each micro-batch of each epoch; old log-probabilities are those of the first epoch."""
     forwards = []
-
-    class Trainer(trainer_class):
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            forwards.append(args)
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
+    model = policy(tiny_model)
+    model.register_forward_pre_hook(lambda module, args, kwargs: forwards.append(kwargs), with_kwargs=True)
     config = config_class(
         str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings, **COMMON
     )
-    Trainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset(2)).train()
+    trainer_class(model, RecordingReward(), config, train_dataset=dataset(2)).train()
     assert len(forwards) == num_forwards
+    assert all(kwargs["fused_lm_head"] for kwargs in forwards)
+
+
+def test_old_log_probabilities_are_the_rollouts_when_it_starts_within_a_step(tmp_path, tiny_model, tiny_tokenizer):
+    """With 3 micro-batches a rollout and 4 a step, the policy moves before the last micro-batch of a first epoch."""
+    model = policy(tiny_model)
+    at_rollout = copy.deepcopy(model)
+    differences = []
+
+    def reward(completion_ids, **kwargs):
+        at_rollout.load_state_dict(model.state_dict())
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    class Trainer(PPOClipTrainer):
+        def policy_loss(self, logps, inputs):
+            loss = super().policy_loss(logps, inputs)
+            for row, old in enumerate(inputs["old_logps"]):
+                parts = [inputs[f"{x}_ids"][row][inputs[f"{x}_mask"][row].bool()] for x in ("prompt", "completion")]
+                prompt, completion = (part.tolist() for part in parts)
+                expected = log_prob(at_rollout, tiny_tokenizer, tiny_tokenizer.decode(prompt), completion)
+                differences.append((old - expected).abs().item())
+            return loss
+
+    settings = {"gradient_accumulation_steps": 4, "steps_per_generation": 3, "num_iterations": 1, "max_steps": 3}
+    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, learning_rate=0.1, **settings, **COMMON)
+    Trainer(model, reward, config, train_dataset=dataset(6)).train()
+    assert len(differences) == 3 * 4 * 2 and max(differences) < 1e-3, differences
 
 
 def test_completions_that_are_cut_off_do_not_count_when_masked(tmp_path, tiny_model):
@@ -351,7 +374,7 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
         (ReinforceConfig, {"num_iterations": 2}, "num_iterations is 2"),
         (ReinforceConfig, {"use_transformers_continuous_batching": True}, "would cast an fp32 adapter to bf16"),
         (ReinforceConfig, {"num_generations": 3}, "must be divisible by num_generations"),
-        (PPOClipConfig, {"per_device_train_batch_size": 1}, "a batch of 1 cannot be normalised"),
+        (ReinforceConfig, {"per_device_train_batch_size": 1}, "a rollout of one completion"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, config_class, settings, message):
@@ -368,7 +391,7 @@ def test_activations_are_kept_on_a_cpu_unless_asked_otherwise(tmp_path):
 
 
 def test_images_are_refused(tmp_path, tiny_model):
-    config = ReinforceConfig(str(tmp_path), per_device_train_batch_size=1, max_steps=1, **COMMON)
-    images = Dataset.from_dict({"prompt": ["a"], "image": ["b"]})
+    config = ReinforceConfig(str(tmp_path), per_device_train_batch_size=2, max_steps=1, **COMMON)
+    images = Dataset.from_dict({"prompt": ["a"] * 2, "image": ["b"] * 2})
     with pytest.raises(ValueError, match="this trainer reads text only"):
         ReinforceTrainer(tiny_model, RecordingReward(), config, train_dataset=images).train()

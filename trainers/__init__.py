@@ -2,10 +2,10 @@
 
 from .adapters import keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, last_checkpoint
-from .log_probs import add_cpu_lm_head
+from .device import run_device, supports_bf16, use_fast_log_probs
 from .ppo_clip import PPOClipConfig, PPOClipTrainer
 from .reinforce import ReinforceConfig, ReinforceTrainer
-from .rollout import generate_completions
+from .rollout import decode_completions, generate_completions
 
 __all__ = [
     "CompleteCheckpoints",
@@ -13,8 +13,11 @@ __all__ = [
     "PPOClipTrainer",
     "ReinforceConfig",
     "ReinforceTrainer",
-    "add_cpu_lm_head",
+    "decode_completions",
     "generate_completions",
     "keep_adapter_in_fp32",
     "last_checkpoint",
+    "run_device",
+    "supports_bf16",
+    "use_fast_log_probs",
 ]

@@ -9,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+# Settings by which a model changes its logits after the LM head, under the names that the architectures give them
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
 
 def base_model(policy: nn.Module) -> PreTrainedModel:
     """
@@ -22,6 +25,21 @@ def base_model(policy: nn.Module) -> PreTrainedModel:
         [`~transformers.PreTrainedModel`]
     """
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def has_plain_lm_head(model: PreTrainedModel) -> bool:
+    """
+    Whether the logits are the LM head's output as it is.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base model, not wrapped by PEFT.
+
+    Returns:
+        `bool`: `False` where the model scales or caps its logits.
+    """
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
 def keep_adapter_in_fp32(model, values: dict[str, torch.Tensor] | None = None) -> None:

@@ -2,10 +2,8 @@
 Checkpoints that are complete or absent, for any trainer of transformers, and from which a run of TRL's rollout trainers
 ends as an unbroken one does.
 
-A checkpoint counts once it holds the file `complete`, which is written last, and older ones are deleted after that. So
-a process killed at any moment leaves a checkpoint to continue from, and never half a one that looks whole. The private
-names this rests on: `_save_checkpoint`, `_get_output_dir`, `_save_rng_state`, `_load_rng_state` of transformers, `_step`,
-`_buffered_inputs`, `_get_train_sampler` of TRL.
+A checkpoint counts once it holds the file `complete`, which is written last. Older checkpoints are deleted after that.
+So a process killed at any moment leaves a complete checkpoint to continue from.
 """
 
 import os

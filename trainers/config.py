@@ -9,50 +9,42 @@ BASELINES = ("none", "batch", "group")
 
 @dataclass
 class PolicyGradientConfig(RLOOConfig):
-    r"""
+    """
     Configuration of both trainers: [`~trl.RLOOConfig`] with other defaults, one completion a prompt allowed, and a
-    choice of baseline.
-
-    Parameters:
-        num_generations (`int`, *optional*, defaults to `1`):
-            Completions sampled for each prompt.
-        num_generations_eval (`int`, *optional*, defaults to `1`):
-            Completions for each prompt of `eval_dataset`, which are decoded greedily: `eval_pass_rate` is pass@1. With
-            several processes, accelerate fills up the last batch with tasks that count twice then.
-        beta (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the KL penalty that is subtracted from the reward.
-        gradient_checkpointing (`bool`, *optional*):
-            Whether activations are computed again in the backward to save memory. If not set, `True`, but `False` on a
-            CPU, where the log-probabilities without it need less memory than TRL's with it.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Rollouts come from the policy without dropout, and so must the log-probabilities they are trained on.
-        baseline (`str`, *optional*, defaults to `"none"`):
-            What is subtracted from the reward to give the advantage: `"none"`, the mean of the global batch
-            (`"batch"`), or the mean of the prompt's other completions (`"group"`, leave-one-out, as in RLOO).
-        normalize_advantages (`bool`, *optional*):
-            Whether the advantages of the global batch are brought to mean 0 and standard deviation 1.
+    choice of baseline. The fields that differ are described by their `help`.
     """
 
     num_generations: int = field(default=1, metadata={"help": "Number of completions sampled for each prompt."})
     num_generations_eval: int = field(
-        default=1, metadata={"help": "Number of completions, decoded greedily, for each prompt of the eval dataset."}
+        default=1,
+        metadata={
+            "help": "Number of completions for each prompt of the eval dataset. They are decoded greedily, so that "
+            "`eval_pass_rate` is pass@1. With several processes, accelerate fills the last batch with tasks that then "
+            "count twice."
+        },
     )
-    beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL penalty subtracted from the reward."})
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Coefficient of the KL penalty to the starting policy that is subtracted from the reward."},
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Whether to compute activations again to save memory. If not set, `True` but on a CPU."},
+        metadata={
+            "help": "Whether to recompute activations in the backward to save memory. If not set, `True` on an "
+            "accelerator and `False` on a CPU, where log-probabilities need less memory without it than TRL's with it."
+        },
     )
     disable_dropout: bool = field(
         default=True,
         metadata={
-            "help": "Whether to disable dropout: rollouts come from the policy without it, and so should the loss."
+            "help": "Whether to disable dropout. Rollouts come from the policy without dropout, so the loss should too."
         },
     )
     baseline: str = field(
         default="none",
         metadata={
-            "help": "What is subtracted from the reward: nothing, the mean of the global batch, or the mean of the "
-            "prompt's other completions.",
+            "help": "What is subtracted from the reward to give the advantage: nothing (`none`), the mean of the "
+            "global batch (`batch`), or the mean of the prompt's other completions (`group`, as RLOO does).",
             "choices": list(BASELINES),
         },
     )
@@ -71,11 +63,17 @@ class PolicyGradientConfig(RLOOConfig):
                 "use_transformers_continuous_batching would cast an fp32 adapter to bf16: set it to false, or use_vllm"
             )
         checkpointing = (self.gradient_checkpointing, self.activation_checkpointing)  # two names of one setting
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # The last check of RLOOConfig, which has a leave-one-out baseline only
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
+        num_generations = self.num_generations
+        if num_generations == 1:
+            # RLOOConfig's own baseline needs two. Its other checks hold for one if they hold for the whole rollout.
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
+            if self.num_generations == 1:
+                raise ValueError(
+                    "a rollout of one completion has nothing to compare: raise per_device_train_batch_size or "
+                    "gradient_accumulation_steps"
+                )
+        super().__post_init__()
+        self.num_generations = num_generations
         if checkpointing == (None, None):
             self.gradient_checkpointing = self.activation_checkpointing = self.device.type != "cpu"

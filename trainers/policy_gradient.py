@@ -1,35 +1,32 @@
 """
-What REINFORCE and PPO-Clip share: the rollout step, the advantage, and the way to the loss.
+What REINFORCE and PPO-Clip share: the rollout, the advantages, and the way to the loss.
 
-TRL's `RLOOTrainer` brings generation with vLLM, reward functions, PEFT, distributed training, logging and checkpoints.
-Replaced here are its rollout step (no forward for old log-probabilities, micro-batches without needless padding, rewards
-computed beside the log-probabilities, and on a CPU the rollout of `rollout.py`), its advantage and its loss. Not covered:
-images.
+TRL's `RLOOTrainer` generates, calls the reward functions, logs, distributes and saves. Replaced here are the
+advantages, the micro-batches, the loss, and the decoding loop where this project has a faster one (`rollout/`). Not
+covered: images.
 
-The private names of TRL this rests on, so that an upgrade has one list to check: `_generate`, `_generate_single_turn`,
-`_calculate_rewards`, `_get_per_token_logps_and_entropies`, `_prepare_inputs`, `_metrics`, `_logs`, `_log_metric`,
-`_log_completion_extra`, `_pending_metrics`, `_pending_extra_logs`, `_last_loaded_step`, `_step`, `_buffered_inputs`,
-`_tokenizer`; of transformers `_get_grad_norm`; and what `checkpoints.py` names.
+The private names of TRL and transformers that this rests on are listed in `private_names.py`.
 """
 
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather, gather_object, is_peft_model
-from transformers import PreTrainedModel
+from accelerate.utils import DistributedType, gather, is_peft_model
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
 from trl import RLOOTrainer
-from trl.trainer.utils import get_config_model_id, pad, use_adapter
+from trl.trainer.utils import get_config_model_id
 
 from .adapters import base_comes_back, keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
-from .grading import BackgroundAsyncReward, BackgroundReward, in_background
+from .device import use_fast_log_probs
 from .learning_signal import SignalWatch
-from .log_probs import add_cpu_lm_head
-from .rollout import generate_completions
+from .rollout import decode_completions, generate_completions
 
 
 class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer):
@@ -39,11 +36,12 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
     Takes what [`~trl.RLOOTrainer`] takes. LoRA parameters are kept in fp32, under a quantised base too: an AdamW step
     at a learning rate of 5e-6 on a bf16 weight of 1e-2 rounds to nothing.
 
-    Besides what [`~trl.RLOOTrainer`] logs, `seconds/...` are those of an optimizer step: `rollout`, `grading` (the
-    reward functions' own time), `grading_wait` (what of it the other phases did not hide), `log_probs`, `backward`.
+    Besides what [`~trl.RLOOTrainer`] logs, `seconds/rollout`, `seconds/grading`, `seconds/log_probs` and
+    `seconds/backward` are those of an optimizer step.
     """
 
     config_class = PolicyGradientConfig
+    args: PolicyGradientConfig
 
     def __init__(self, model, reward_funcs, args=None, *trainer_args, quantization_config=None, **kwargs):
         if args is None:
@@ -64,33 +62,17 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             keep_adapter_in_fp32(self.model, adapter)
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
-        if self._rolls_out_on_cpu:
-            add_cpu_lm_head(self.model, self.temperature)
-        threads, loop = ThreadPoolExecutor(1, "reward"), getattr(self, "async_loop", None)
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else in_background(function, threads, loop)
-            for function in self.reward_funcs
-        ]
-        self._ungraded = None  # a rollout and its micro-batches, until their advantages are needed
+        use_fast_log_probs(self.model, self.accelerator.device, self.temperature)
+        self.add_callback(_StopOnBadGradient(self))
+        self._rewards_per_func = None  # of the rollout in the making, shape (global_batch_size, functions)
+        self._rollout_logps: list[torch.Tensor] | None = None  # its log-probabilities: the policy's, the reference's
         self._signal_watch = SignalWatch()
         self._seconds = Counter()
         self._seconds_logged_at = None  # the step; a run may continue at any
 
-    @property
-    def _rolls_out_on_cpu(self) -> bool:
-        """Whether the rollout of this project runs: on a CPU, unless it is told something only transformers knows."""
-        return (
-            self.accelerator.device.type == "cpu"
-            and not self.use_vllm
-            and self.min_p is None
-            and self.repetition_penalty == 1.0
-            and not self.args.generation_kwargs
-            and not self.args.cache_implementation
-        )
-
     def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         """
-        The loss of a micro-batch.
+        Return the loss of a micro-batch.
 
         Args:
             logps (`torch.Tensor` of shape `(batch_size,)`):
@@ -103,9 +85,14 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         """
         raise NotImplementedError
 
+    @property
+    def needs_old_logps(self) -> bool:
+        """Whether a micro-batch needs log-probabilities from the time of its rollout, under the key `old_logps`."""
+        return False
+
     def advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
         """
-        Advantages of the global batch.
+        Return the advantages of the global batch.
 
         Args:
             rewards (`torch.Tensor` of shape `(global_batch_size,)`):
@@ -129,163 +116,133 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             rewards = (rewards - known.mean()) / (std + 1e-8)
         return rewards.nan_to_num(0.0)
 
-    @contextmanager
-    def _phase(self, name: str):
-        """Counts the seconds of a phase of training."""
-        started = time.perf_counter()
-        yield
-        if self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-        if self.model.training:
-            self._seconds[name] += time.perf_counter() - started
+    def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
+        if not self.model.training:
+            return self._roll_out(generation_batch)
+        steps = self.args.steps_per_generation
+        # The buffer is empty in the middle of a cycle when a run continues from a checkpoint without one
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self._micro_batches(self._roll_out(generation_batch))
+        return self._buffered_inputs[self._step % steps]
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        sampled = self.model.training
-        if self._rolls_out_on_cpu:
-            return generate_completions(
-                self.accelerator.unwrap_model(self.model),
-                prompt_ids,
-                self.eos_token_ids,
-                self.max_completion_length,
-                self.temperature if sampled else 0.0,
-                self.top_p,
-                self.top_k,
-            )
-        if self.use_vllm:
-            self.vllm_generation.temperature = self.temperature if sampled else 0.0
-        else:
-            self.generation_config.do_sample = sampled
-        # TRL merges the adapter to hand the weights to vLLM, after each step once
-        merges = (
-            self.use_vllm
-            and is_peft_model(self.model)
-            and self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-            and self.state.global_step != self._last_loaded_step
-        )
-        with base_comes_back(self.model) if merges else nullcontext():
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-
-    def _roll_out(self, tasks: list[dict]) -> dict:
+    def _roll_out(self, tasks: list[dict]) -> dict[str, torch.Tensor]:
         """
-        The rollout of this process: its completions with token ids as lists. Their grading has been started.
+        Complete tasks, grade the completions and give them their advantages.
 
         Args:
             tasks (`list[dict]`):
-                Rows of the dataset, as often as each is to be completed.
+                Rows of the dataset, each as often as it is to be completed.
+
+        Returns:
+            `dict`: This process's `prompt_ids` (padded to the left), `completion_ids` (padded to the right), their
+            masks, `advantages` and, if they are needed, `old_logps`. In evaluation the advantages are the rewards.
         """
         if "image" in tasks[0] or "images" in tasks[0]:
             raise ValueError(
                 "the tasks have a column 'image' or 'images': this trainer reads text only, drop the column"
             )
-        prompts = [task["prompt"] for task in tasks]
-        with self._phase("rollout"):
-            prompt_ids, completion_ids, completions = self._generate(prompts)
-        taken = ("prompt", "completion", "completion_ids")
-        columns = {name: [task[name] for task in tasks] for name in tasks[0] if name not in taken}
-        for function in self.reward_funcs:
-            if isinstance(function, BackgroundReward | BackgroundAsyncReward):
-                function.start(
-                    prompts=prompts,
-                    completions=completions,
-                    completion_ids=completion_ids,
-                    trainer_state=self.state,
-                    log_extra=self._log_completion_extra,
-                    log_metric=self._log_metric,
-                    **columns,
-                )
-        rollout = {
-            "tasks": tasks,
-            "prompts": prompts,
-            "prompt_ids": prompt_ids,
-            "completions": completions,
-            "completion_ids": completion_ids,
-        }
-        if self.beta != 0.0:
-            rollout["kl"] = self._kl_to_reference(rollout)
-        return rollout
-
-    def _collect_advantages(self) -> None:
-        """Waits for the rewards of the latest rollout and gives its micro-batches their advantages."""
-        (rollout, batches), self._ungraded = self._ungraded, None
         mode = "train" if self.model.training else "eval"
-        try:
-            with self._phase("grading_wait"):
-                rewards_per_func = self._calculate_rewards(
-                    *(rollout[name] for name in ("tasks", "prompts", "completions", "completion_ids"))
-                )
-        except Exception as error:
-            raise self.stopped(str(error)) from error
-        if mode == "train":
-            self._seconds["grading"] += sum(getattr(function, "seconds", 0.0) for function in self.reward_funcs)
-        unscored = rewards_per_func.isnan().all(dim=1)
+        num_logged = {name: len(values) for name, values in self._metrics[mode].items()}
+        self._rollout_logps = []
+        rollout = self._generate_and_score_completions(tasks)  # rolls out, grades and logs
+        logps, self._rollout_logps = self._rollout_logps, None
+
+        rewards_per_func = self._rewards_per_func
         weighted = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        rewards = weighted.masked_fill(unscored, torch.nan)
+        rewards = weighted.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
         if self.reward_clip_range:
             rewards = rewards.clamp(*self.reward_clip_range)
-        if "kl" in rollout:
-            kl = gather(rollout["kl"])
-            num_tokens = gather(torch.tensor([len(ids) for ids in rollout["completion_ids"]], device=kl.device))
-            rewards = rewards - self.beta * kl
-            self._metrics[mode]["kl"].append((kl.sum() / num_tokens.sum()).item())
+        if self.beta != 0.0:
+            policy_logps, reference_logps = logps
+            kl = ((policy_logps - reference_logps) * rollout["completion_mask"]).sum(1)
+            rewards = rewards - self.beta * gather(kl)
         advantages = self.advantages(rewards, self.num_generations) if mode == "train" else rewards.nan_to_num(0.0)
-        self._log_rollout(mode, rollout, rewards_per_func, weighted, unscored, advantages)
-        first = self.accelerator.process_index * len(rollout["prompts"])
-        for batch in batches:
-            batch["advantages"] = advantages[[first + row for row in batch["rows"]]]
 
-    @torch.no_grad()
-    def _kl_to_reference(self, rollout: dict) -> torch.Tensor:
-        """log(policy / reference) of each whole completion, the estimate that RLOO's penalty takes, shape (rows,)."""
-        kl = torch.zeros(len(rollout["prompt_ids"]), device=self.accelerator.device)
-        for rows in torch.arange(len(kl)).split(self.args.per_device_train_batch_size):
-            batch = self._collate(rollout, rows.tolist())
-            logps, *_ = self._completion_logps(self.model, batch)
-            if self.ref_model is not None:
-                ref_logps, *_ = self._completion_logps(self.ref_model, batch)
-            else:
-                policy = self.accelerator.unwrap_model(self.model)
-                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                    ref_logps, *_ = self._completion_logps(self.model, batch)
-            kl[rows] = logps - ref_logps
-        return kl
-
-    def _log_rollout(self, mode, rollout, rewards_per_func, weighted, unscored, advantages):
-        """What RLOOTrainer logs of a rollout, under its names."""
-        metrics = self._metrics[mode]
-        # Batches of an evaluation may differ in size: every completion counts the same
-        weight = len(advantages) if mode == "eval" else 1
-
-        def record(name, value):
-            metrics[name].extend([value] * weight)
-
-        scored = weighted[~unscored]
-        for i, name in enumerate(self.reward_func_names):
-            known = rewards_per_func[:, i][~rewards_per_func[:, i].isnan()]
-            record(f"rewards/{name}/mean", known.mean().item())
-            record(f"rewards/{name}/std", known.std(correction=0).item())
-            self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
-        record("reward", scored.mean().item())
-        record("reward_std", scored.std(correction=0).item())
-
-        self._logs["prompt"].extend(gather_object(rollout["prompts"]))
-        self._logs["completion"].extend(gather_object(rollout["completions"]))
-        self._logs["advantages"].extend(advantages.tolist())
-        # Sorted, so that all processes gather in the same order
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [None] * len(rollout["prompts"]))
-            self._logs["extra"][column].extend(gather_object(values))
-        self._pending_extra_logs.clear()
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = gather_object(self._pending_metrics.get(name, []))
-            record(name, sum(values) / len(values))
-        self._pending_metrics.clear()
+        logged = self._logs["advantages"]  # where RLOOTrainer has put its own
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
         if mode == "train":
-            self._note_signal(weighted, metrics)
+            self._note_signal(weighted)
+        else:  # batches of an evaluation may differ in size: every completion counts the same
+            for name, values in self._metrics[mode].items():
+                values.extend(values[num_logged.get(name, 0) :] * (len(advantages) - 1))
 
-    def _note_signal(self, rewards: torch.Tensor, metrics: dict[str, list[float]]) -> None:
-        """Counts the groups whose rewards are the same, and warns of a run in which nothing can be learnt."""
+        first = self.accelerator.process_index * len(tasks)
+        rollout["advantages"] = advantages[first : first + len(tasks)]
+        if not self.needs_old_logps:
+            del rollout["old_logps"]
+        return rollout
+
+    def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list]:
+        prompt_ids, completion_ids, completions = super()._generate(prompts)
+        if isinstance(prompts[0], str):
+            completions = decode_completions(self.processing_class, prompt_ids, completion_ids)
+        return prompt_ids, completion_ids, completions
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
+        temperature = self.temperature if self.model.training else 0.0
+        with self._phase("rollout"):
+            if self._has_own_rollout:
+                return generate_completions(
+                    self.accelerator.unwrap_model(self.model),
+                    prompt_ids,
+                    self.eos_token_ids,
+                    self.max_completion_length,
+                    temperature,
+                    self.top_p,
+                    self.top_k,
+                )
+            merges = False
+            if self.use_vllm:
+                self.vllm_generation.temperature = temperature
+                # TRL merges the adapter to hand the weights to vLLM
+                sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+                merges = is_peft_model(self.model) and self.accelerator.distributed_type not in sharded
+            else:
+                self.generation_config.do_sample = temperature > 0
+            with base_comes_back(self.model) if merges else nullcontext():
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+
+    @property
+    def _has_own_rollout(self) -> bool:
+        """Whether this project's loop decodes: on a CPU, unless a setting asks for what only transformers can do."""
+        return (
+            self.accelerator.device.type == "cpu"
+            and not self.use_vllm
+            and self.min_p is None
+            and self.repetition_penalty == 1.0
+            and not self.args.generation_kwargs
+            and not self.args.cache_implementation
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        with self._phase("grading"):
+            try:
+                rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            except Exception as error:
+                names = ", ".join(self.reward_func_names)
+                raise self.stopped(f"grading by {names} failed: {type(error).__name__}: {error}") from error
+        self._rewards_per_func = rewards
+        return rewards
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # RLOOTrainer computes log-probabilities at every rollout, which only a KL penalty and old_logps have a use for
+        if self._rollout_logps is not None and self.beta == 0.0 and not self.needs_old_logps:
+            return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        with self._phase("log_probs"):
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        if self._rollout_logps is not None:
+            self._rollout_logps.append(result[0])
+        return result
+
+    def _note_signal(self, rewards: torch.Tensor) -> None:
+        """Count the groups whose rewards are the same, and warn of a run in which nothing can be learnt."""
         groups = rewards.view(-1, self.num_generations if self.args.baseline == "group" else len(rewards))
-        metrics["frac_reward_zero_std"].append((groups.amax(1) - groups.amin(1) < 1e-8).float().mean().item())
+        same = groups.amax(1) - groups.amin(1) < 1e-8
+        self._metrics["train"]["frac_reward_zero_std"][-1] = same.float().mean().item()
         if self.accelerator.is_main_process:
             verdicts = self._logs["extra"].get("verdict") if len(self.reward_funcs) == 1 else None
             self._signal_watch.note(
@@ -293,105 +250,102 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
                 None if self.args.baseline == "none" and not self.normalize_advantages else groups.size(1),
             )
 
-    def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
-        if not self.model.training:
-            rollout = self._roll_out(generation_batch)
-            batch = self._collate(rollout, range(len(generation_batch)))
-            self._ungraded = rollout, [batch]
-            return batch
-        steps = self.args.steps_per_generation
-        # The buffer is empty in the middle of a cycle when a run continues from a checkpoint without one
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            rollout = self._roll_out(generation_batch)
-            self._buffered_inputs = self._micro_batches(rollout, steps)
-            self._ungraded = rollout, self._buffered_inputs
-        return self._buffered_inputs[self._step % steps]
+    def _micro_batches(self, rollout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """
+        Split a rollout into shuffled micro-batches of equal size without needless padding.
 
-    def _micro_batches(self, rollout: dict, num_batches: int) -> list[dict]:
+        Within one optimizer step, the completions of a prompt and prompts of similar length stand together, which saves
+        padding and repeated prompts and changes no sum.
         """
-        Shuffled micro-batches of equal size. Within one optimizer step, the completions of a prompt and prompts of
-        similar length stand together, which saves padding and repeated prompts and changes no sum.
-        """
-        prompt_ids = rollout["prompt_ids"]
-        size = len(prompt_ids) // num_batches
-        rows_a_step = size * min(num_batches, self.args.gradient_accumulation_steps)
+        num_rows = len(rollout["advantages"])
+        size = num_rows // self.args.steps_per_generation
+        rows_a_step = size * min(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        masked = zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)
+        prompts = [ids[mask].tolist() for ids, mask in masked]
         batches = []
-        for step in torch.randperm(len(prompt_ids)).split(rows_a_step):
-            rows = sorted(step.tolist(), key=lambda row: (len(prompt_ids[row]), prompt_ids[row]))
-            batches += [self._collate(rollout, rows[i : i + size]) for i in range(0, len(rows), size)]
+        for step in torch.randperm(num_rows).split(rows_a_step):
+            rows = sorted(step.tolist(), key=lambda row: (len(prompts[row]), prompts[row]))
+            batches += [
+                self._without_padding({name: tensor[rows[i : i + size]] for name, tensor in rollout.items()})
+                for i in range(0, len(rows), size)
+            ]
         return batches
 
-    def _collate(self, rollout: dict, rows) -> dict:
-        """Some rows as padded tensors: prompts to the left, completions to the right, both of shape (rows, length)."""
-        batch = {}
-        for part, side in (("prompt", "left"), ("completion", "right")):
-            ids = [torch.tensor(rollout[f"{part}_ids"][row]) for row in rows]
-            ones = [torch.ones_like(x) for x in ids]
-            batch[f"{part}_ids"] = pad(ids, self._tokenizer.pad_token_id, side, self.pad_to_multiple_of)
-            batch[f"{part}_mask"] = pad(ones, 0, side, self.pad_to_multiple_of)
-        if self.mask_truncated_completions:
-            ended = [rollout["completion_ids"][row][-1] in self.eos_token_ids for row in rows]
-            batch["completion_mask"] *= torch.tensor(ended)[:, None]
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()} | {"rows": list(rows)}
+    def _without_padding(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Cut off the columns that are padding in every row."""
+        if self.pad_to_multiple_of is not None:
+            return batch
+        prompt_length = int(batch["prompt_mask"].sum(1).max())
+        completion_length = max(1, int(batch["completion_mask"].sum(1).max()))
+        for name in ("prompt_ids", "prompt_mask"):
+            batch[name] = batch[name][:, -prompt_length:]
+        for name in ("completion_ids", "completion_mask"):
+            batch[name] = batch[name][:, :completion_length]
+        return batch
 
-    def _completion_logps(
-        self, model: PreTrainedModel, batch: dict, for_loss: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Log-probability of each whole completion, shape (rows,). For the loss also two scalars: the mean entropy of the
-        tokens, and the load-balancing loss of a mixture of experts if it is asked for.
-        """
-        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        with self._phase("log_probs"):
-            per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                batch["completion_ids"].size(1),
-                compute_entropy=for_loss,
-                compute_aux_loss=for_loss and self.aux_loss_enabled,
-            )
-        mask = batch["completion_mask"]
-        entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1) if for_loss else None
-        return (per_token_logps.float() * mask).sum(1), entropy, aux_loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         if return_outputs:
             raise ValueError(f"{type(self).__name__} returns no outputs")
-        logps, entropy, aux_loss = self._completion_logps(model, inputs, for_loss=True)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["entropy"].append(gather(entropy).mean().item())
-        if self._ungraded is not None:
-            self._collect_advantages()
-        loss = self.policy_loss(logps, inputs)
+        mask = inputs["completion_mask"]
+        per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+        )
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
+        metrics["entropy"].append(gather(entropy).mean().item())
+        loss = self.policy_loss((per_token_logps.float() * mask).sum(1), inputs)
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
-            self._metrics[mode]["aux_loss"].append(gather(aux_loss.detach()).mean().item())
+            metrics["aux_loss"].append(gather(aux_loss.detach()).mean().item())
         if not loss.isfinite():
             raise self.stopped(f"the loss is {loss.item()}, so a log-probability or a reward is not a finite number")
         return loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a phase of training."""
+        started = time.perf_counter()
+        yield
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
+        if self.model.training:
+            self._seconds[name] += time.perf_counter() - started
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self._seconds_logged_at is None:
             self._seconds_logged_at = self.state.global_step
-        others = self._seconds.total() - self._seconds["grading"]
+        others = self._seconds.total()
         started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        others = self._seconds.total() - self._seconds["grading"] - others
-        self._seconds["backward"] += time.perf_counter() - started - others
+        self._seconds["backward"] += time.perf_counter() - started - (self._seconds.total() - others)
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if grad_norm is not None and not torch.as_tensor(grad_norm).isfinite():
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        grad_norm = logs.get("grad_norm", 0.0)
+        if not torch.as_tensor(grad_norm).isfinite():
             raise self.stopped(f"the gradient's norm is {grad_norm}: try a lower learning_rate")
-        return grad_norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         steps = self.state.global_step - (self._seconds_logged_at or 0)
         if self.model.training and self._seconds and steps > 0:
             logs |= {f"seconds/{name}": round(seconds / steps, 3) for name, seconds in self._seconds.items()}
             self._seconds.clear()
             self._seconds_logged_at = self.state.global_step
         super().log(logs, start_time)
+
+
+class _StopOnBadGradient(TrainerCallback):
+    """Stop a run before a gradient that is not finite reaches the weights."""
+
+    def __init__(self, trainer: PolicyGradientTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.trainer.accelerator.scaler is not None:
+            return  # fp16: the scaler skips such a step and lowers its scale
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            raise self.trainer.stopped(f"the gradient's norm is {norm.item()}: try a lower learning_rate")

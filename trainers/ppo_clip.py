@@ -1,4 +1,4 @@
-"""PPO-Clip without a critic: several epochs on each rollout, the ratio of whole completions clipped."""
+"""PPO-Clip without a critic: several epochs on each rollout, with the ratio of whole completions clipped."""
 
 import textwrap
 from dataclasses import dataclass, field
@@ -9,37 +9,21 @@ from accelerate.utils import gather
 from .config import PolicyGradientConfig
 from .policy_gradient import PolicyGradientTrainer
 
-# exp(20) is 5e8: beyond it a ratio says no more than that the policies have nothing in common
+# exp(20) is 5e8: a larger ratio carries no more information
 MAX_LOG_RATIO = 20.0
 
 
 @dataclass
 class PPOClipConfig(PolicyGradientConfig):
-    r"""
-    Configuration of [`PPOClipTrainer`]. See [`PolicyGradientConfig`] for the fields not listed.
-
-    Parameters:
-        num_iterations (`int`, *optional*, defaults to `4`):
-            Epochs on each rollout.
-        epsilon (`float`, *optional*, defaults to `0.2`):
-            The ratio is clipped to [1 - epsilon, 1 + epsilon].
-        normalize_advantages (`bool`, *optional*, defaults to `True`):
-            Whether the advantages of the global batch are brought to mean 0 and standard deviation 1.
-    """
+    """Configuration of [`PPOClipTrainer`]. The ratio is clipped to [1 - epsilon, 1 + epsilon], 0.2 by default."""
 
     num_iterations: int = field(default=4, metadata={"help": "Number of epochs on each rollout."})
     normalize_advantages: bool = field(
         default=True,
-        metadata={"help": "Whether the advantages of the global batch are brought to mean 0 and standard deviation 1."},
+        metadata={
+            "help": "Whether to normalize the advantages of the global batch to mean 0 and standard deviation 1."
+        },
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.normalize_advantages and self.generation_batch_size < 2:
-            raise ValueError(
-                "the advantages of a batch of 1 cannot be normalised: raise per_device_train_batch_size or "
-                "gradient_accumulation_steps, or set normalize_advantages to false"
-            )
 
 
 class PPOClipTrainer(PolicyGradientTrainer):
@@ -89,15 +73,13 @@ class PPOClipTrainer(PolicyGradientTrainer):
             }"""),
     }
 
-    def _micro_batches(self, rollout: dict, num_batches: int) -> list[dict]:
-        batches = super()._micro_batches(rollout, num_batches)
-        # One optimizer step an epoch: the first epoch's own forward is still of the old policy. With several, the
-        # policy moves before the later batches are seen, and the old log-probabilities need a forward of their own.
-        if num_batches > self.args.gradient_accumulation_steps:
-            with torch.no_grad():
-                for batch in batches:
-                    batch["old_logps"], *_ = self._completion_logps(self.model, batch)
-        return batches
+    @property
+    def needs_old_logps(self) -> bool:
+        # A rollout within one optimizer step: the first epoch's own forward is still the old policy's
+        steps = self.args.gradient_accumulation_steps
+        fits_a_step = self.args.steps_per_generation <= steps
+        starts_with_one = self.args.steps_per_generation * self.num_iterations % steps == 0
+        return not (fits_a_step and starts_with_one)
 
     def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         old_logps = inputs.setdefault("old_logps", logps.detach())
@@ -113,8 +95,7 @@ class PPOClipTrainer(PolicyGradientTrainer):
         metrics["clip_ratio/low_mean"].append(low.float().mean().item())
         metrics["clip_ratio/high_mean"].append(high.float().mean().item())
         metrics["clip_ratio/region_mean"].append((low | high).float().mean().item())
-        # Of the old policy to the new, an estimate without bias and of low variance (Schulman 2020,
-        # http://joschu.net/blog/kl-approx.html, k3)
+        # KL(old || new), by the unbiased estimator k3 (Schulman 2020, http://joschu.net/blog/kl-approx.html)
         metrics["approx_kl"].append(gather(ratio.detach() - 1 - log_ratio.detach()).mean().item())
         metrics["ratio/min"].append(ratios.min().item())
         metrics["ratio/max"].append(ratios.max().item())

@@ -1,13 +1,14 @@
 """
-Linear layers on a CPU: the same products, in the memory layout and the number of steps that suit them.
+Linear layers on a CPU, on weights packed for the number of rows.
 
-In a rollout a token-step multiplies a handful of rows by every weight of the model. oneDNN reads weights that were packed
-for it a third faster than plain ones (8 rows of an 0.5B model on two cores: 46 ms a step against 65), and of what PEFT
-does around a LoRA layer (a cast, a dropout, two products, a scaling, a sum) one small product is left. A model that is
-computed in fp32 because the processor has no bf16 instructions still has weights of 16 bits: FBGEMM reads them as such
-and computes in fp32 (8 rows with AVX2: 87 ms a step, oneDNN 130, plain 270). Packed copies live only as long as the
-rollout. In training the adapter's product is added to the base's in place, where PEFT makes, scales and sums whole
-activations. Not covered: other dtypes than bf16 and fp32, and other adapters than plain LoRA; they keep their own way.
+A token-step of a rollout multiplies a handful of rows by every weight of the model. With packed weights oneDNN does so
+in two thirds of the time (8 rows of a 0.5B model on two cores: 46 ms against 65), and a LoRA layer becomes one
+product. In fp32, on a CPU without bf16 instructions, FBGEMM reads the weights as 16 bits (8 rows with AVX2: 87 ms,
+oneDNN 130, plain 270). The packed copies live as long as the rollout. In training, a LoRA layer adds its product in
+place instead of building, scaling and adding whole activations.
+
+Not covered: dtypes other than bf16 and fp32, and adapters other than plain LoRA. They run as PEFT has them, as does
+everything on a torch that lacks the private operators used here.
 """
 
 import functools
@@ -20,15 +21,15 @@ from torch import nn
 
 
 @contextmanager
-def fast_linears(model: nn.Module, num_rows: int):
+def packed_linears(model: nn.Module, num_rows: int):
     """
-    Within, a model without gradient runs its linear layers the fast way where there is one.
+    Run a model's linear layers on packed weights, without gradients, for the duration of the context.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, in eval mode, its adapter in the dtype of its base.
         num_rows (`int`):
-            About how many rows a product will have.
+            Number of rows to pack for; other numbers work and are slower.
     """
     makers, called = {}, set()
     for layer in model.modules():
@@ -37,7 +38,7 @@ def fast_linears(model: nn.Module, num_rows: int):
             called.add(layer.get_base_layer())
         elif type(layer) is nn.Linear and layer not in called and _is_for_onednn(layer.weight):
             makers[layer] = functools.partial(_packed_linear, layer.weight, layer.bias, num_rows)
-    # FBGEMM packs a weight with one thread; the LM head, by far the largest, comes first
+    # FBGEMM packs a weight with one thread, so the largest, the LM head, comes first
     largest_first = sorted(makers, key=lambda layer: -layer.weight.numel())
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         forwards = dict(zip(largest_first, pool.map(lambda layer: makers[layer](), largest_first), strict=True))
@@ -46,9 +47,9 @@ def fast_linears(model: nn.Module, num_rows: int):
 
 
 @contextmanager
-def fast_lora(model: nn.Module):
+def lora_in_place(model: nn.Module):
     """
-    Within, a model in training runs its LoRA layers the fast way where there is one.
+    Compute a model's LoRA layers in place, with gradients, for the duration of the context.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -65,7 +66,7 @@ def fast_lora(model: nn.Module):
 
 @contextmanager
 def _forwards(forwards: dict):
-    """Gives layers another `forward` for a while."""
+    """Replace the `forward` of layers for the duration of the context."""
     try:
         for layer, forward in forwards.items():
             layer.forward = forward
@@ -75,9 +76,17 @@ def _forwards(forwards: dict):
             del layer.forward
 
 
+@functools.cache
+def _has_operators(namespace: str, *names: str) -> bool:
+    """Return whether this torch has some private operators. They may change or go with any release."""
+    return all(hasattr(getattr(torch.ops, namespace), name) for name in names)
+
+
 def _is_for_onednn(weight: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies by this weight, and packs it."""
+    """Return whether oneDNN can pack this weight and multiply by it."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not _has_operators("mkldnn", "_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
         return False
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -85,7 +94,7 @@ def _is_for_onednn(weight: torch.Tensor) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether the layer is y = W x + b + s B (A x) on a frozen base for oneDNN, and nothing else."""
+    """Return whether the layer is y = W x + b + s B (A x) on a frozen base for oneDNN, and nothing else."""
     if type(layer) is not lora.Linear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
@@ -103,8 +112,10 @@ def _lora_dtype(layer: lora.Linear) -> torch.dtype:
 
 
 def _is_for_fbgemm(weight: torch.Tensor) -> bool:
-    """Whether FBGEMM can read this fp32 weight in 16 bits without rounding it, but for values next to zero."""
+    """Return whether FBGEMM can read this fp32 weight as fp16 without rounding it, except for values next to zero."""
     if weight.dtype != torch.float32 or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return False
+    if not _has_operators("quantized", "linear_prepack_fp16", "linear_dynamic_fp16"):
         return False
     # fp16 has more digits than bf16 and a smaller range: below 2**-14 its values are 2**-24 apart
     return all((rows - rows.half()).abs_().max() <= 2**-25 for rows in weight.split(256))
@@ -150,7 +161,7 @@ class _LoraLinear(torch.autograd.Function):
     """
     y = W x + b + s B (A x) for a frozen W and b, computed in W's dtype; the gradients of x, A and B.
 
-    Every result that has the size of an activation is written once: the adapter's part is added to it in place.
+    Every result of an activation's size is written once: the adapter's part is added to it in place.
     """
 
     @staticmethod

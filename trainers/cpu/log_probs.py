@@ -1,11 +1,12 @@
 """
-Log-probabilities of completions on a CPU: TRL's fused LM head, and no token computed that does not have to be.
+Log-probabilities of completions on a CPU: TRL's fused LM head without the work that padding and prompts cost.
 
-The batch is run as one packed row: no padding, and a prompt that several completions share stands in it once. Only
-completion tokens are scored (TRL's head goes over every position outside of Triton devices), and the gradient is taken
-while the probabilities are at hand, not from logits computed again, in tiles that a cache holds. Covered: frozen LM
-heads (LoRA), models with full attention and plain logits, no gradient checkpointing, no load-balancing loss. Everything
-else keeps TRL's way.
+A batch runs as one packed row: no padding, and a prompt that several completions share is computed once. Only
+completion tokens are scored, where TRL's head scores every position outside of Triton devices. The gradient is computed
+together with the probabilities, tile by tile in the cache, instead of from logits computed again.
+
+Covered: frozen LM heads (LoRA), full attention, plain logits, no gradient checkpointing, no load-balancing loss. In all
+other cases TRL's own head runs.
 """
 
 import functools
@@ -18,11 +19,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .adapters import base_model
-from .cpu_linear import fast_lora
-from .rollout import has_plain_lm_head
+from ..adapters import base_model, has_plain_lm_head
+from .linear import lora_in_place
 
-# Positions and tokens whose logits exist at one time: 512 x 4,096 fp32 logits are 8 MB, which a cache holds
+# Positions and tokens of a tile of logits: 512 x 4,096 in fp32 are 8 MB, which fit into a cache
 NUM_POSITIONS = 512
 NUM_TOKENS = 4096
 
@@ -188,7 +188,7 @@ def _can_be_packed(model: PreTrainedModel) -> bool:
     )
 
 
-def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
+def add_packed_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     """
     Replace the fused LM head that TRL put on `model` by the one of this file, for CPU tensors and a frozen head.
 
@@ -214,7 +214,7 @@ def add_cpu_lm_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
             return trl_forward(*args, fused_lm_head=True, **kwargs)
         input_ids, attention_mask, labels = (kwargs[name] for name in ("input_ids", "attention_mask", "labels"))
         # Autocast brings activations to bf16 for the adapter's products: PEFT need not bring them to fp32 before
-        with disable_input_dtype_casting(self, active=torch.is_autocast_enabled("cpu")), fast_lora(self):
+        with disable_input_dtype_casting(self, active=torch.is_autocast_enabled("cpu")), lora_in_place(self):
             hidden_states = _scored_states(self, input_ids, attention_mask, labels)
         labels = labels[:, 1:]
         mask = labels != -100

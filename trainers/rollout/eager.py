@@ -1,11 +1,9 @@
 """
-Rollouts: sampled or greedy completions of a batch of prompts, by the one loop that training and evaluation share.
+The decoding loop that runs on any device: one forward a token-step, over the rows that have not ended.
 
-What it does that a plain `generate` does not, all of it without changing the distribution: a prompt that stands in the
-batch several times is prefilled once, a row that has ended leaves the batch, the LM head sees last positions only, keys
-and values are written to where there is room for them, and nucleus sampling looks at a few candidates where these
-already hold the nucleus. Not covered: beam search, repetition penalties, encoder-decoder models, and vLLM, which is the
-fast way on a GPU.
+Beyond a plain `generate`, and without changing the distribution: a prompt that repeats in the batch is prefilled once,
+finished rows leave the batch, the LM head sees last positions only, and the cache is not copied at every step. Not
+covered: beam search, repetition penalties and encoder-decoder models.
 """
 
 from collections.abc import Callable
@@ -13,80 +11,16 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
-from .adapters import adapter_in_base_dtype, base_model
-from .cpu_linear import fast_linears
+from ..adapters import adapter_in_base_dtype, base_model, has_plain_lm_head
+from ..device import fast_linears
+from .sampling import sample_tokens
 
-# How many of the most likely tokens are looked at before a row's whole vocabulary is sorted: on a CPU a sort of
-# 32 x 151,936 logits takes 152 ms, a top-k of 1,024 takes 10
-NUM_CANDIDATES = 1024
-
-# Tokens that a cache keeps room for when it grows
+# Tokens of free space that the cache gets when it grows
 CACHE_ROOM = 64
-
-# Settings by which a model changes its logits after the LM head, under the names that the architectures give them
-LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-
-
-def has_plain_lm_head(model: PreTrainedModel) -> bool:
-    """
-    Whether the logits are the LM head's output as it is.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The base model, not wrapped by PEFT.
-
-    Returns:
-        `bool`: `False` where the model scales or caps its logits.
-    """
-    config = model.config.get_text_config()
-    return all(getattr(config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
-
-
-def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:
-    """
-    Draw one token a row from the truncated distribution.
-
-    Temperature first, then top-k, then the nucleus: the smallest set of most likely tokens whose mass reaches `top_p`
-    (Holtzman et al. 2020, https://huggingface.co/papers/1904.09751). Exactly transformers' warpers in their order.
-
-    Args:
-        logits (`torch.Tensor` of shape `(rows, vocab)`):
-            Next-token logits.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Divides the logits; 0 is greedy.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Mass of the nucleus, in (0, 1].
-        top_k (`int`, *optional*, defaults to `0`):
-            Number of most likely tokens to keep; 0 keeps all.
-
-    Returns:
-        `torch.Tensor` of shape `(rows,)`: Token ids.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p == 1 and not top_k:
-        return _draw(probs)
-
-    candidates, tokens = probs.topk(min(top_k or NUM_CANDIDATES, probs.size(-1)))
-    if top_k:  # a nucleus is a share of what top-k left
-        candidates = candidates / candidates.sum(-1, keepdim=True)
-    elif (candidates.sum(-1) < top_p).any():
-        candidates, tokens = probs.sort(descending=True)
-    mass_before = candidates.cumsum(-1) - candidates
-    candidates = candidates.masked_fill(mass_before >= top_p, 0.0)
-    return tokens.gather(-1, _draw(candidates)[:, None])[:, 0]
-
-
-def _draw(weights: torch.Tensor) -> torch.Tensor:
-    """One index a row, in proportion to `weights` of shape (rows, n); inverse CDF, one uniform number a row."""
-    cumulative = weights.double().cumsum(-1)
-    target = torch.rand(weights.size(0), 1, dtype=torch.double, device=weights.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=weights.size(-1) - 1)
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values of a layer, followed by room for more: `DynamicLayer` copies all of them at every token-step."""
+    """Keys and values of a layer with free space behind them: `DynamicLayer` copies everything at every token-step."""
 
     _buffers = None
 
@@ -108,7 +42,7 @@ class _RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
-        self._buffers = None  # the rows that are left are a copy without room
+        self._buffers = None  # the remaining rows are a copy without free space
 
 
 @torch.no_grad()
