@@ -106,6 +106,7 @@ class UnitTestReward:
         completions: list,
         test: list[str] | None = None,
         entry_point: list[str] | None = None,
+        setup: list[str] | None = None,
         completion_ids: list[list[int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
@@ -124,6 +125,8 @@ class UnitTestReward:
                 another column.
             entry_point (`list[str]`, *optional*):
                 The name of the function under test; needed unless `entry_point_column` names another column.
+            setup (`list[str]`, *optional*):
+                Trusted code that a task's solution and tests may both count on.
             completion_ids (`list[list[int]]`, *optional*):
                 The generated token ids, EOS included; needed unless `length_penalty` is 0.
             log_metric (`Callable`, *optional*):
@@ -146,7 +149,10 @@ class UnitTestReward:
         tests = task_column(columns, self.test_column, "test_column")
         entry_points = task_column(columns, self.entry_point_column, "entry_point_column")
         verdicts = (self._sandbox or default_sandbox()).run(
-            [task_program(*task) for task in zip(prompts, completions, tests, entry_points, strict=True)]
+            [
+                task_program(*task)
+                for task in zip(prompts, completions, tests, entry_points, setup or [""] * len(prompts), strict=True)
+            ]
         )
         lengths = [len(ids) for ids in completion_ids] if completion_ids is not None else [0] * len(completions)
 

@@ -64,6 +64,15 @@ def test_tests_may_use_the_helpers_of_the_prompt(sandbox):
     assert reward([prompt] * 2, ["    return 2 * n", cheat], [test] * 2, ["twice"] * 2) == [1.0, 1.0]
 
 
+def test_tests_may_use_the_setup_column(sandbox):
+    messages = [{"role": "user", "content": "Write twice(n)."}]
+    reply = [{"role": "assistant", "content": "def twice(n):\n    return 2 * n"}]
+    test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
+    columns = {"test": [test] * 2, "entry_point": ["twice"] * 2, "setup": ["def half(n):\n    return n // 2\n", ""]}
+    reward = UnitTestReward(length_penalty=0, sandbox=sandbox)
+    assert reward([messages] * 2, [reply] * 2, **columns) == [1.0, 0.0]
+
+
 def test_no_completion_runs_in_this_process(sandbox):
     completion = "    import os\n    return os.getpid()"
     tests = [f"def check(candidate):\n    assert candidate(0) {op} {os.getpid()}\n" for op in ("!=", "==")]
