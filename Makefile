@@ -3,6 +3,7 @@
 #                   on two CPU cores; rows that results/ holds are not made again: RESULTS=DIR makes them elsewhere;
 #                   HUMANEVAL_PLUS=FILE adds stricter tests
 # make test         set up and run the tests
+# make lint         check style and types; `make format` mends what can be mended
 # All can be run again: what is done is not done twice, and an interrupted stage goes on from its last checkpoint.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -23,7 +24,7 @@ HUMANEVAL_PLUS :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart reproduce test install
+.PHONY: quickstart reproduce test lint format install
 .SECONDARY:
 
 quickstart: $(QUICK_ROWS:%=$(QUICK)/results/%/metrics.json)
@@ -37,13 +38,22 @@ reproduce: $(ROWS:%=$(RESULTS)/%/metrics.json) $(ROWS:%=$(RESULTS)/%/sampled/met
 test: install
 	$(BIN)/python -m pytest -q
 
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 install: .venv/installed
 
 .venv/installed: requirements.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "On Debian: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv .venv
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
