@@ -1,16 +1,16 @@
 """
-Seconds and memory of an optimizer step: TRL's trainers, ours and one completion at a time, on the same work in one run.
+Measure an optimizer step: seconds and memory of TRL's trainers, ReinforceTrainer and one completion at a time.
 
     python benchmarks/trainers.py --adapter runs/quickstart/sft
 
-Everyone gets the same model (in bf16, or in fp32 where the processor has no bf16 instructions), the same LoRA adapter
+All sides get the same model (bf16, or fp32 where the hardware does not multiply bf16), the same LoRA adapter
 (`--adapter`, the SFT stage's), HumanEval's training tasks, 4 completions a task at temperature 0.8 and top_p 0.95,
-micro-batches of 8, the unit-test reward in the sandbox, and no KL penalty; everything else is its own default. A
-workload is a number of completions and where they end: after exactly 128 tokens (the EOS token does not end them), or
-where the policy ends them, after 256 at the latest. Every number is of the second of two steps in a process of its own:
-the first touches memory and builds kernels. (One at a time warms up on one completion.) All of it takes over two hours.
+micro-batches of 8, the unit-test reward in the sandbox, and no KL penalty. Everything else is the trainer's default. A
+workload is a number of completions and where they end: after exactly 128 tokens (EOS does not end them), or where the
+policy ends them, after 256 at most. Every number is of the second of two steps, in a process of its own; "one at a
+time" warms up on one completion. On two CPU cores all of it takes over two hours.
 
-Not covered: GPUs and vLLM, and whether a step is worth taking.
+Not covered: vLLM.
 """
 
 import argparse
@@ -23,11 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(ROOT), str(ROOT / "recipes")]  # not this folder, whose files have the names of what they measure
+sys.path[0] = str(ROOT)  # instead of this folder, whose files are named like the packages that they measure
 
 import torch  # noqa: E402
-from common import multiplies_in_bf16  # noqa: E402
-from default_model import default_model  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -36,9 +34,10 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
+from recipes.default_model import default_model  # noqa: E402
 from rewards import UnitTestReward, load_tasks  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
-from trainers import ReinforceConfig, ReinforceTrainer  # noqa: E402
+from trainers import ReinforceConfig, ReinforceTrainer, run_device, supports_bf16  # noqa: E402
 
 WORKLOADS = {"8 x 128": (8, 128), "32 x 128": (32, 128), "32 natural": (32, None)}
 SIDES = {
@@ -48,14 +47,15 @@ SIDES = {
     "one at a time": None,
     "ReinforceTrainer": (ReinforceTrainer, ReinforceConfig, {}),
 }
-OURS = "ReinforceTrainer"
+BASELINE = "ReinforceTrainer"
 PHASES = {
     "rollout": "_generate",
     "grading": "_calculate_rewards",
     "log_probs": "_get_per_token_logps_and_entropies",
 }
 NEVER_SAMPLED = 151_930  # a row of the embedding that stands for no token: in place of EOS where nothing may end
-DTYPE = torch.bfloat16 if multiplies_in_bf16() else torch.float32
+DEVICE = run_device()
+DTYPE = torch.bfloat16 if supports_bf16(DEVICE) else torch.float32
 MICRO_BATCH, NUM_GENERATIONS, TEMPERATURE, TOP_P = 8, 4, 0.8, 0.95
 
 
@@ -67,15 +67,33 @@ def load_policy(adapter):
 
 
 def peak_memory(reset=False):
-    """The most memory that this process has held, in GB; or the start of a new count."""
+    """Return the peak memory of this process in GB, the accelerator's if there is one, or reset the peak."""
+    if DEVICE.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e9
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1e6
 
 
+def timed(function, phase, seconds):
+    """Wrap a method so that its seconds are added to a phase."""
+
+    def wrapped(*args, **kwargs):
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        if DEVICE.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds[phase] += time.perf_counter() - started
+        return result
+
+    return wrapped
+
+
 def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
-    """One step of a trainer: its seconds by phase, and the tokens it generated."""
+    """Take one step of a trainer. Return its seconds by phase and the mean tokens of its completions."""
     trainer_class, config_class, settings = SIDES[side]
     model, tokenizer = load_policy(adapter)
     trainer = trainer_class(
@@ -92,7 +110,7 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
             beta=0.0,
             max_steps=2,
             bf16=torch.bfloat16 == DTYPE,
-            use_cpu=True,
+            use_cpu=DEVICE.type == "cpu",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -108,14 +126,7 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
 
     seconds = Counter()
     for phase, name in PHASES.items():
-
-        def timed(*args, phase=phase, function=getattr(trainer, name), **kwargs):
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[phase] += time.perf_counter() - started
-            return result
-
-        setattr(trainer, name, timed)
+        setattr(trainer, name, timed(getattr(trainer, name), phase, seconds))
 
     class SecondStep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -130,8 +141,9 @@ def trainer_step(side, num_completions, num_tokens, adapter, sandbox):
 
 
 def one_at_a_time_step(num_completions, num_tokens, adapter, sandbox):
-    """The published scripts' way: each completion is generated, graded, scored and propagated alone."""
+    """Generate, grade, score and backpropagate each completion alone, as the published scripts do."""
     model, tokenizer = load_policy(adapter)
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     reward = UnitTestReward(sandbox=sandbox)
     eos = NEVER_SAMPLED if num_tokens else tokenizer.eos_token_id
@@ -151,7 +163,7 @@ def one_at_a_time_step(num_completions, num_tokens, adapter, sandbox):
             lengths.clear()
             peak_memory(reset=True)
             started = last = time.perf_counter()
-        prompt = tokenizer(task["prompt"], return_tensors="pt")
+        prompt = tokenizer(task["prompt"], return_tensors="pt").to(DEVICE)
         with torch.no_grad():
             ids = model.generate(
                 **prompt,
@@ -182,7 +194,7 @@ def one_at_a_time_step(num_completions, num_tokens, adapter, sandbox):
 
 
 def measure(side, workload, adapter):
-    """Runs in a process of its own; prints one line of JSON."""
+    """Measure one side in this process and print one line of JSON."""
     set_seed(42)
     with Sandbox() as sandbox:
         step = one_at_a_time_step if SIDES[side] is None else lambda *args: trainer_step(side, *args)
@@ -222,21 +234,21 @@ def main():
         "rest",
         "tokens",
         "peak GB",
-        "ours",
+        "ReinforceTrainer",
     )
     for column in columns:
         table.add_column(column, no_wrap=True, justify="left" if column in ("workload", "trainer") else "right")
     for (side, workload), r in results.items():
-        ours = results.get((OURS, workload))
+        baseline = results.get((BASELINE, workload))
         table.add_row(
             workload,
             side,
             *(f"{r[name]:.1f}" for name in ("step", *PHASES, "rest", "mean_tokens")),
             f"{r['peak']:.1f}",
-            f"{r['step'] / ours['step']:.1f}x faster" if ours and side != OURS else "",
+            f"{r['step'] / baseline['step']:.1f}x faster" if baseline and side != BASELINE else "",
         )
     Console(width=160).print(table)
-    print(DTYPE, *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")), sep="  ")
+    print(DEVICE, DTYPE, *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")), sep="  ")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Where a run computes, on machines that this one is not: the accelerator is a pretended one."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
+
+from trainers import run_device, supports_bf16, use_fast_log_probs
+from trainers.device import fast_linears
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+def test_a_run_computes_on_the_accelerator_if_there_is_one(pretended_gpu):
+    assert run_device() == torch.device("cuda")
+
+
+def test_a_run_computes_on_the_cpu_if_it_is_told_to(pretended_gpu, monkeypatch):
+    assert run_device(use_cpu=True) == torch.device("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what a launch with cpu.yaml sets
+    assert run_device() == torch.device("cpu")
+
+
+def test_a_machine_without_accelerator_computes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert run_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [({"avx512_bf16": True}, True), ({"avx512_bf16": False, "avx2": True}, False), ({}, False)],
+)
+def test_bf16_on_a_cpu_needs_its_instructions(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert supports_bf16(torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_bf16_on_a_gpu_does_not_count_emulation(monkeypatch, in_hardware):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: in_hardware or including_emulation
+    )
+    assert supports_bf16(torch.device("cuda")) is in_hardware
+
+
+def test_log_probabilities_of_a_gpu_are_trls(tiny_model):
+    add_fused_lm_head(tiny_model)
+    before = tiny_model.forward
+    use_fast_log_probs(tiny_model, torch.device("cuda"))
+    assert tiny_model.forward == before
+    use_fast_log_probs(tiny_model, torch.device("cpu"))
+    assert tiny_model.forward != before
+
+
+def test_without_the_private_operators_of_torch_layers_run_as_they_are(tiny_model, monkeypatch):
+    model = get_peft_model(tiny_model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    monkeypatch.setattr("trainers.cpu.linear._has_operators", lambda namespace, *names: False)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fast_linears(model, 1):
+            assert not any("forward" in vars(module) for module in model.modules() if module is not tiny_model)
+            assert torch.equal(model(ids).logits, expected)
