@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
-from trainers.adapters import base_comes_back
+from trainers.adapters import restored_base
 from trainers.learning_signal import SignalWatch
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
@@ -328,7 +328,7 @@ def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path
     assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in before.items())
 
 
-def test_a_merged_base_comes_back_bit_for_bit(tiny_model):
+def test_a_merged_restored_base_bit_for_bit(tiny_model):
     """TRL merges and unmerges the adapter to hand the weights to vLLM, which in bf16 is not the identity."""
     torch.manual_seed(0)
     model = get_peft_model(
@@ -339,7 +339,7 @@ def test_a_merged_base_comes_back_bit_for_bit(tiny_model):
         return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
 
     before = base()
-    with base_comes_back(model):
+    with restored_base(model):
         model.merge_adapter()
         model.unmerge_adapter()
         drifted = [name for name, value in base().items() if not torch.equal(value, before[name])]

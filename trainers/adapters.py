@@ -1,5 +1,6 @@
-"""A policy's base and the adapter on it: in which dtype the adapter is kept and computed, and what merging leaves."""
+"""A policy's base and its adapter: the dtype that the adapter is kept and computed in, and merging without drift."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +16,7 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "o
 
 def base_model(policy: nn.Module) -> PreTrainedModel:
     """
-    The causal language model of a policy, without the adapter around it.
+    Return the causal language model of a policy, without the adapter around it.
 
     Args:
         policy ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -29,7 +30,7 @@ def base_model(policy: nn.Module) -> PreTrainedModel:
 
 def has_plain_lm_head(model: PreTrainedModel) -> bool:
     """
-    Whether the logits are the LM head's output as it is.
+    Return whether the logits are the LM head's plain output.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -42,13 +43,11 @@ def has_plain_lm_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
-def keep_adapter_in_fp32(model, values: dict[str, torch.Tensor] | None = None) -> None:
+def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | None = None) -> None:
     """
-    Make an adapter's trainable parameters fp32, undoing the cast to bf16 by which TRL's trainers prepare a quantised
-    base.
+    Make an adapter's trainable parameters fp32. TRL's trainers cast them to bf16 over a quantised base.
 
-    Leaves them as they are under ZeRO-3, which has fp32 masters of its own and cannot gather parameters of two dtypes
-    (TRL issue 6089).
+    ZeRO-3 is left alone: it has fp32 masters of its own and cannot gather parameters of two dtypes (TRL issue 6089).
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -64,12 +63,12 @@ def keep_adapter_in_fp32(model, values: dict[str, torch.Tensor] | None = None) -
 
 
 @contextmanager
-def adapter_in_base_dtype(model: nn.Module):
+def adapter_in_base_dtype(model: nn.Module) -> Iterator[None]:
     """
     Compute with a copy of the fp32 adapter in the dtype of its half-precision base.
 
-    Around an fp32 adapter PEFT casts the activations to fp32, which costs a factor of 2 to 3 on a CPU. The masters come
-    back untouched. Changes nothing where base and adapter agree.
+    Around an fp32 adapter PEFT casts the activations to fp32, which costs a factor of 2 to 3 on a CPU. The masters are
+    restored untouched. Nothing changes where base and adapter have one dtype.
 
     Args:
         model (`nn.Module`):
@@ -91,12 +90,12 @@ def adapter_in_base_dtype(model: nn.Module):
 
 
 @contextmanager
-def base_comes_back(model: PeftModel):
+def restored_base(model: PeftModel) -> Iterator[None]:
     """
-    Let an adapter be merged and unmerged within, and put the base's weights back bit for bit.
+    Restore the base's weights bit for bit after an adapter was merged and unmerged within the context.
 
-    W + BA - BA is not W in bf16, so a base that is merged before every rollout drifts away from the one that the
-    adapter is saved for. The weights are kept in host memory meanwhile.
+    In bf16, W + BA - BA is not W: a base that is merged before every rollout drifts away from the one that the adapter
+    is saved for. The weights are kept in host memory meanwhile.
 
     Args:
         model ([`~peft.PeftModel`]):

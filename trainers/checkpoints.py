@@ -1,6 +1,6 @@
 """
-Checkpoints that are complete or absent, for any trainer of transformers, and from which a run of TRL's rollout trainers
-ends as an unbroken one does.
+Checkpoints that are complete or absent, for any trainer of transformers, and bit-identical resumption of TRL's rollout
+trainers.
 
 A checkpoint counts once it holds the file `complete`, which is written last. Older checkpoints are deleted after that.
 So a process killed at any moment leaves a complete checkpoint to continue from.
@@ -22,7 +22,7 @@ COMPLETE = "complete"
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """
-    The newest complete checkpoint of a run.
+    Return the newest complete checkpoint of a run.
 
     Args:
         output_dir (`str` or `os.PathLike`):
@@ -36,7 +36,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 class CompleteCheckpoints:
-    """Mixin, to stand before the trainer among the bases: checkpoints as this module says."""
+    """Write checkpoints that are complete or absent. A mixin that comes before the trainer among the bases."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
@@ -62,7 +62,7 @@ class CompleteCheckpoints:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before all is written
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own of a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise self.stopped(f"the checkpoint {folder} could not be written ({error})") from error
@@ -75,7 +75,7 @@ class CompleteCheckpoints:
 
     def stopped(self, what: str) -> RuntimeError:
         """
-        The error to raise when training cannot go on.
+        Return the error to raise when training cannot go on.
 
         Args:
             what (`str`):
@@ -93,8 +93,8 @@ class CompleteCheckpoints:
 
 class ContinuedRollouts:
     """
-    Mixin for TRL's rollout trainers: a run that was interrupted draws the tasks in the order of an unbroken one, and
-    goes on in the middle of a rollout's epochs.
+    Resume in the middle of a rollout's epochs and draw tasks in the order of an uninterrupted run. A mixin for TRL's
+    rollout trainers.
     """
 
     def _get_train_sampler(self, dataset=None):
@@ -117,7 +117,7 @@ class ContinuedRollouts:
 
 
 class _OrderOfEpoch(Sampler):
-    """TRL's sampler with an order that depends on the seed and the epoch alone, not on the epochs drawn before."""
+    """Order tasks by the seed and the epoch alone. TRL's sampler depends on the epochs drawn before, too."""
 
     def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]):
         self.sampler = sampler

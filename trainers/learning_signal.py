@@ -1,4 +1,4 @@
-"""Whether there is anything to learn from the rollouts: outcomes that are compared with each other have to differ."""
+"""Warn of a run that has nothing to learn from: outcomes that are compared with each other must differ."""
 
 import logging
 from collections import deque
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Warns once, of several rollouts in a row from which nothing can be learnt."""
+    """Warn once when several rollouts in a row carry no signal."""
 
     def __init__(self):
         self._recent = deque(maxlen=NUM_ROLLOUTS)
@@ -17,7 +17,7 @@ class SignalWatch:
 
     def note(self, outcomes: list[bool] | list[float], group_size: int | None) -> None:
         """
-        Take notice of a rollout.
+        Record a rollout.
 
         Args:
             outcomes (`list[bool]` or `list[float]`):

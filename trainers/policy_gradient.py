@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapters import base_comes_back, keep_adapter_in_fp32
+from .adapters import restored_base, keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
@@ -201,7 +201,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
                 merges = is_peft_model(self.model) and self.accelerator.distributed_type not in sharded
             else:
                 self.generation_config.do_sample = temperature > 0
-            with base_comes_back(self.model) if merges else nullcontext():
+            with restored_base(self.model) if merges else nullcontext():
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
 
     @property

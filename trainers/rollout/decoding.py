@@ -28,6 +28,6 @@ def decode_completions(
     whole = tokenizer.batch_decode([prompt + completion for prompt, completion in pairs], skip_special_tokens=True)
     alone = tokenizer.batch_decode([completion for _, completion in pairs], skip_special_tokens=True)
     return [
-        text.removeprefix(prompt) if text.startswith(prompt) else completion
+        text[len(prompt) :] if text.startswith(prompt) else completion
         for prompt, text, completion in zip(prompts, whole, alone, strict=True)
     ]

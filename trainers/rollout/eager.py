@@ -63,11 +63,11 @@ def generate_completions(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy; it is put in eval mode for the duration.
         prompt_ids (`list[list[int]]`):
-            Token ids of each prompt, not padded. A prompt may stand in the list several times.
+            Token ids of each prompt, not padded. A prompt may repeat.
         eos_token_ids (`list[int]`):
             Tokens that end a completion.
         max_completion_length (`int`):
-            Most tokens a completion may have, EOS included.
+            Maximum tokens of a completion, EOS included.
         temperature (`float`, *optional*, defaults to `1.0`):
             0 decodes greedily.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -75,7 +75,7 @@ def generate_completions(
         top_k (`int`, *optional*, defaults to `0`):
             See [`sample_tokens`].
         on_token (`Callable[[int], None]`, *optional*):
-            Called after each token-step with the number of rows that ended in it, for a progress bar.
+            Called after each token-step with the number of rows that ended, for a progress bar.
 
     Returns:
         `list[list[int]]`: Each completion's token ids, its EOS included where it has one.
