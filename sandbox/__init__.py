@@ -1,4 +1,4 @@
-"""Runs untrusted programs against trusted tests and returns verdicts.
+"""Run untrusted programs against trusted tests and return verdicts.
 
     with Sandbox() as sandbox:
         verdicts = sandbox.run([Program(solution=..., tests=..., entry_point="add")])
@@ -6,11 +6,11 @@
 `RaySandbox` does the same on the hosts of a Ray cluster (on_ray.py).
 
 This file is the caller's side. It starts one small server as a fresh interpreter (never a fork of the caller, whose
-memory may be huge), owns one socket for each worker, hands out programs and replaces what dies. In a worker, the
-judge runs the tests (judge.py), the solution runs in a caged process of its own (solution.py, cage.py), and plain
-values cross between them (wire.py). No line of a solution runs in the caller's process.
+memory may be huge), owns one socket per worker, assigns programs and replaces dead workers. In a worker, the judge runs
+the tests (judge.py), the solution runs in a caged process of its own (solution.py, cage.py), and plain values cross
+between them (wire.py). No line of a solution runs in the caller's process.
 
-Not covered here: GPU code, network tasks, and tasks in other languages than Python.
+Not covered here: GPU code, tasks that need a network, and languages other than Python.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ import time
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .wire import Channel
@@ -34,17 +35,17 @@ from .wire import Channel
 __all__ = ["MAX_TIMEOUT", "Program", "RaySandbox", "Sandbox", "Verdict"]
 
 MAX_TIMEOUT = 3600  # seconds that a program may be given
-GRACE_SECONDS = 0.6  # beyond the timeout, before a worker that gave no verdict is killed
-MAX_ATTEMPTS = 3  # for a program whose worker died, and to start the workers
+GRACE_SECONDS = 0.6  # after the timeout, before a worker without a verdict is killed
+MAX_ATTEMPTS = 3  # to run a program whose worker died, and to start the workers
 SILENCE_SECONDS = 10  # within a message, before a worker counts as lost
 
 logger = logging.getLogger(__name__)
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name != "RaySandbox":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .on_ray import RaySandbox  # only where it is asked for
+    from .on_ray import RaySandbox
 
     return RaySandbox
 
@@ -56,13 +57,13 @@ class Program:
     Args:
         solution (`str`): Untrusted source of a Python module.
         tests (`str`): Trusted source. It may use `entry_point` and `candidate`, and define `check(candidate)`, which
-            is then called. Tests that end without a call of the solution pass nothing: their program is an `error`.
+            is then called. Tests that never call the solution make the program an `error`.
         entry_point (`str`): Name of the function that the solution must define. `"__main__"` makes the candidate a
             function that runs the solution as a script: stdin text in, printed text out.
-        setup (`str`, defaults to `""`): Trusted source that is executed before the tests, such as a task's prompt with
-            the helpers that its tests use.
+        setup (`str`, defaults to `""`): Trusted source that is executed before the tests, such as a prompt with helpers
+            that the tests use.
         inline (`bool`, defaults to `False`): Run tests and solution in one interpreter, for tasks whose values cannot
-            cross between processes. A solution can fool its tests then; the log says so.
+            cross between processes. The solution can then cheat; a warning is logged.
     """
 
     solution: str
@@ -80,13 +81,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The result of one program.
 
     Args:
         status (`str`): `passed`, `failed` (a test failed), `error` (the solution does not load, raised, or a value
             cannot cross), `timeout`, `out_of_memory` or `crashed` (its process died or exited).
-        detail (`str`): One short line for people; empty when passed.
-        seconds (`float`): Wall-clock time it took.
+        detail (`str`): One short line that explains the status; empty when passed.
+        seconds (`float`): Wall-clock time that it took.
     """
 
     status: str
@@ -94,19 +95,21 @@ class Verdict:
     seconds: float
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
+        """Whether every test passed."""
         return self.status == "passed"
 
 
 class _Worker:
     """The caller's end of one worker."""
 
-    def __init__(self, number):
+    channel: Channel
+
+    def __init__(self, number: int):
         self.number = number
-        self.channel = None
         self.socket = None
         self.numpy = False
-        self.job = None  # index of the program that it was given last
+        self.job = 0  # index of the program that it was given last
         self.deadline = 0.0
 
     def close(self):
@@ -117,36 +120,38 @@ class _Worker:
 class Sandbox:
     """A pool of workers that grade programs. Use it as a context manager, or call `close`.
 
-    Threads may share one; their batches take turns. A fork of the caller gets workers of its own at its first `run`.
+    Threads may share one: their batches take turns. A fork of the caller starts its own workers at its first `run`.
 
     Args:
-        workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores, of
-            which each process of a launcher (`LOCAL_WORLD_SIZE`) takes its part.
+        workers (`int`, *optional*): Programs graded at once. Defaults to the number of usable processor cores, divided
+            among the processes of a launcher (`LOCAL_WORLD_SIZE`).
         timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
-        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside the
-            interpreter that it finds, at least 64.
-        isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that the kernel offers and warns
-            about what is missing; `"strict"` raises when anything is missing.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside its
+            interpreter, at least 64.
+        isolation (`str`, defaults to `"auto"`): `"auto"` uses every feature of the cage that the kernel has and
+            warns about those missing; `"strict"` raises if any is missing.
 
     Raises:
         `ValueError`: If an argument is out of range.
         `RuntimeError`: If the workers do not start, or the cage is incomplete under `"strict"`.
     """
 
-    def __init__(self, workers=None, timeout=5.0, memory_mb=1024, isolation="auto"):
+    def __init__(
+        self, workers: int | None = None, timeout: float = 5.0, memory_mb: int = 1024, isolation: str = "auto"
+    ):
         if workers is not None and workers < 1:
-            raise ValueError(f"workers={workers}: give at least 1, or None for one a processor core")
+            raise ValueError(f"workers={workers}: give at least 1, or None for one per processor core")
         _check(timeout, memory_mb, isolation)
         self.workers = workers or _usable_cores()
         self.timeout = timeout
         self.memory_mb = memory_mb
         self.strict = isolation == "strict"
         self._warned = False
-        self._forget()
+        self._reset()
         self._start()
 
-    def run(self, programs):
-        """Grades programs.
+    def run(self, programs: Iterable[Program]) -> list[Verdict]:
+        """Grade programs.
 
         Args:
             programs (`Iterable[Program]`): Any number of programs.
@@ -155,45 +160,45 @@ class Sandbox:
             `list[Verdict]`: One for each program, in order.
 
         Raises:
-            `RuntimeError`: If the workers cannot be started again after they were lost.
-            `OSError`: If there is no descriptor left to replace a worker with.
+            `RuntimeError`: If lost workers cannot be started again.
+            `OSError`: If no descriptor is left to replace a worker.
         """
         programs = list(programs)
-        with self._ours():
+        with self._locked():
             try:
                 return self._run(programs)
             except BaseException:
-                self._stop()  # what is still in flight must not answer to the next batch
+                self._stop()  # programs still running must not answer to the next batch
                 raise
 
-    def isolation(self):
-        """Returns what the cage consists of here.
+    def isolation(self) -> dict[str, str]:
+        """Report the cage's features on this machine.
 
         Returns:
-            `dict[str, str]`: `"active"` or `"missing: "` and the reason, for each of the cage's features.
+            `dict[str, str]`: For each feature `"active"`, or `"missing: "` and the reason.
         """
-        with self._ours():
+        with self._locked():
             if not self._running():
                 self._start()
             return dict(self._isolation)
 
-    def close(self):
-        """Stops the server and all its workers. The next `run` starts them again."""
-        with self._ours():
+    def close(self) -> None:
+        """Stop the server and all its workers. The next `run` starts them again."""
+        with self._locked():
             self._stop()
 
-    def __enter__(self):
+    def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ours(self):
-        if os.getpid() != self._pid:  # after a fork, the server and its sockets are the parent's
-            self._forget()
+    def _locked(self):
+        if os.getpid() != self._pid:  # in a fork: the server and its sockets are the parent's
+            self._reset()
         return self._lock
 
-    def _forget(self):
+    def _reset(self):
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._shutdown = None
@@ -206,7 +211,7 @@ class Sandbox:
         idle = list(self._pool)
         busy = {}  # descriptor: worker; the first has the earliest deadline
         poll = select.poll()
-        _tell_of_inline(programs)
+        _warn_inline(programs)
 
         def lost(job):
             attempts[job] += 1
@@ -232,25 +237,25 @@ class Sandbox:
                 self._assign(worker, waiting.popleft(), programs)
                 busy[worker.channel.readable] = worker
                 poll.register(worker.channel.readable, select.POLLIN)
-            useless = []
+            replaced = []
             pause = next(iter(busy.values())).deadline - time.monotonic()
             for descriptor, _ in poll.poll(max(0, pause * 1000) + 1):
                 worker = idle_again(descriptor)
                 try:
-                    *fields, spoilt = worker.channel.receive()
+                    *fields, needs_restart = worker.channel.receive()
                     verdicts[worker.job] = Verdict(*fields)
-                    if spoilt:
-                        useless.append(worker)
+                    if needs_restart:
+                        replaced.append(worker)
                 except (EOFError, ValueError, TypeError):
-                    lost(worker.job)  # killed from outside, or the judge ran out of memory over an answer
-                    useless.append(worker)
+                    lost(worker.job)  # the worker died
+                    replaced.append(worker)
             now = time.monotonic()
             while busy and now > (worker := next(iter(busy.values()))).deadline:
                 idle_again(worker.channel.readable)
                 seconds = self.timeout + GRACE_SECONDS + now - worker.deadline
                 verdicts[worker.job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", seconds)
-                useless.append(worker)
-            self._replace(useless)
+                replaced.append(worker)
+            self._replace(replaced)
         return verdicts
 
     def _assign(self, worker, job, programs):
@@ -266,13 +271,14 @@ class Sandbox:
                 [program.solution, program.tests, program.entry_point, program.setup, bool(program.inline)]
             )
         except OSError:
-            pass  # reading tells that it died
+            pass  # it died: reading will tell
 
     def _running(self):
         return self._shutdown is not None and self._process.poll() is None
 
     def _start(self):
-        """Starts the server and all workers, in place of what may be left of earlier ones."""
+        """Start the server and all workers, after stopping any earlier ones."""
+        failure = None
         for _ in range(MAX_ATTEMPTS):
             self._stop()
             try:
@@ -283,9 +289,9 @@ class Sandbox:
         raise RuntimeError(f"the sandbox's server does not start: {failure!r}")
 
     def _launch(self):
-        self._server, theirs = socket.socketpair()
+        self._server, server_end = socket.socketpair()
         settings = {
-            "control": theirs.fileno(),
+            "control": server_end.fileno(),
             "caller": os.getpid(),
             "timeout": self.timeout,
             "memory_mb": self.memory_mb,
@@ -297,12 +303,12 @@ class Sandbox:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[server_end.fileno()],
             env={},
             cwd="/",
             start_new_session=True,  # Ctrl-C is the caller's to handle
         )
-        theirs.close()
+        server_end.close()
         self._shutdown = weakref.finalize(self, _stop, os.getpid(), self._process, self._server)
         self._pool = [_Worker(number) for number in range(self.workers)]
         for worker in self._pool:
@@ -319,36 +325,36 @@ class Sandbox:
             self._pool = []
 
     def _replace(self, workers):
-        """Has all of them killed before it waits for their successors, whose start they would slow."""
+        """Kill all these workers, then wait for their successors to start."""
         try:
             for worker in workers:
                 self._request(worker)
             for worker in workers:
                 self._greet(worker)
         except (EOFError, ConnectionError):
-            self._process.kill()  # the server is of no use: `_run` starts another
+            self._process.kill()  # `_run` starts another server
             self._process.wait()
 
     def _request(self, worker):
-        ours, theirs = socket.socketpair()
-        worker.close()  # only now: no two workers ever have one descriptor
-        worker.socket = ours
+        caller_end, worker_end = socket.socketpair()
+        worker.close()  # after the new pair exists, so that no two workers ever have the same descriptor
+        worker.socket = caller_end
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             worker.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
         worker.channel = Channel(worker.socket.fileno())
-        with theirs:
+        with worker_end:
             message = worker.number.to_bytes(4, "little") + bytes([worker.numpy])
-            socket.send_fds(self._server, [message], [theirs.fileno()])
+            socket.send_fds(self._server, [message], [worker_end.fileno()])
 
     def _greet(self, worker):
-        """Hears from a new worker what its cage consists of."""
+        """Receive the report on a new worker's cage; raise or warn about missing features."""
         (self._isolation,) = worker.channel.receive()
         if type(self._isolation) is str:
             raise RuntimeError(f"the sandbox cannot be set up: {self._isolation}")
         missing = "; ".join(f"{name} ({text})" for name, text in self._isolation.items() if text != "active")
         if missing and self.strict:
             self._stop()
-            raise RuntimeError(f'the cage is incomplete here: {missing}. Use isolation="auto" to run all the same')
+            raise RuntimeError(f'the cage is incomplete here: {missing}. Use isolation="auto" to run without them')
         if missing and not self._warned:
             self._warned = True
             warnings.warn(f"the cage of untrusted code is incomplete here: {missing}", RuntimeWarning, stacklevel=5)
@@ -358,20 +364,20 @@ def _check(timeout, memory_mb, isolation):
     if not 0 < timeout <= MAX_TIMEOUT:
         raise ValueError(f"timeout={timeout}: give seconds above 0 and up to {MAX_TIMEOUT}")
     if memory_mb < 64:
-        raise ValueError(f"memory_mb={memory_mb}: an interpreter needs 64, 1024 is a good choice")
+        raise ValueError(f"memory_mb={memory_mb}: give at least 64, such as 1024")
     if isolation not in ("auto", "strict"):
         raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
 
 
-def _tell_of_inline(programs):
+def _warn_inline(programs):
     if any(program.inline for program in programs):
-        logger.warning("some programs run inline: their solutions share an interpreter with their tests")
+        logger.warning("some programs run inline: their solutions share an interpreter with their tests and can cheat")
 
 
 def _stop(pid, process, server):
     if os.getpid() == pid:
         with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)  # not just close: a fork of this process may hold it open
+            server.shutdown(socket.SHUT_RDWR)  # close is not enough: a fork of this process may hold it open
         server.close()
         try:
             process.wait(timeout=5)

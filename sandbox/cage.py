@@ -1,31 +1,31 @@
-"""What a solution process may not do, and what the kernel here offers to hold it to that.
+"""The cage of a solution process: what it may not do, enforced by the features that this kernel has.
 
-The zygote puts the cage on itself once, its children inherit it, and nothing in it can be undone from inside. Two
-layers each keep files away (mounts and Landlock), two keep the network away (a namespace and seccomp), so that a kernel
-which lacks one still has the other. What is missing is reported, never passed over. On other systems than Linux only
-the resource limits are there, and the report says so.
+The zygote puts the cage on itself once, its children inherit it, and nothing in it can be undone from inside. Files are
+blocked twice (by mounts and by Landlock) and so is the network (by a namespace and by seccomp), so a kernel that lacks
+one feature still has the other. Missing features are reported. On systems other than Linux only the resource limits
+exist, and the report says so.
 
 Not covered here: which system calls remain (seccomp.py).
 """
 
 import contextlib
 import ctypes
-import functools
 import os
 import resource
 import signal
 import stat
 import sys
 import sysconfig
+from collections.abc import Callable
 
 import seccomp
 
-SCRATCH = "/tmp"  # a file system of its own, and all that a solution can write to
+SCRATCH = "/tmp"  # a file system of its own, the only one that a solution can write to
 SCRATCH_BYTES, SCRATCH_FILES = 16 << 20, 256
 NULL = "/dev/null"
 MAX_THREADS = 16
 MAX_DESCRIPTORS = 64
-NOBODY = 65534  # whom a root-started solution becomes
+NOBODY = 65534  # the user and group of a solution whose caller is root
 LIBRARY_FOLDERS = sorted({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
 
 FEATURES = (
@@ -81,32 +81,32 @@ def _mount(source, target, kind, flags, data=None):
     _check(_libc.mount(*arguments), f"mount on {target}")
 
 
-def die_with_parent():
-    """Asks the kernel to kill this process when its parent ends."""
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent exits."""
     if LINUX:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def adopt_orphans():
-    """Makes this process the parent of what its children leave behind."""
+def adopt_orphans() -> None:
+    """Make this process the parent of its descendants' orphans."""
     if LINUX:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def hide():
-    """Keeps processes of the same user from tracing this one and from reading its memory."""
+def hide() -> None:
+    """Keep processes of the same user from tracing this one and from reading its memory."""
     if LINUX:
         _prctl(PR_SET_NO_NEW_PRIVS, 1)
         _prctl(PR_SET_DUMPABLE, 0)
 
 
-def fork_apart():
-    """Forks a child that is the first process of a new pid namespace.
+def fork_apart() -> tuple[int, str | None]:
+    """Fork a child that is the first process of a new pid namespace.
 
-    `unshare` before a fork would do as well, but take from this process the right to start threads.
+    `unshare` before a fork would do this too, but a process that has called it can start no threads.
 
     Returns:
-        `tuple[int, str | None]`: What a fork returns, and what failed.
+        `tuple[int, str | None]`: What a fork returns, and why there is no namespace, if there is none.
     """
     if not LINUX:
         return os.fork(), None
@@ -130,27 +130,29 @@ def fork_apart():
 
 
 def _clone(namespaces):
-    # PyDLL keeps the interpreter's lock, which the child would otherwise have to take without its threads
+    # PyDLL keeps the GIL over the call: taking it again in the child could deadlock
     syscall = ctypes.PyDLL(None, use_errno=True).syscall
     flags = ctypes.c_ulong(namespaces | signal.SIGCHLD)
     return _check(syscall(ctypes.c_long(CLONE), flags, None, None, None, None), "clone")
 
 
-def enter(memory_mb, timeout, pids_failure=None):
-    """Cages this process for good.
+def enter(
+    memory_mb: int, timeout: float, pids_failure: str | None = None
+) -> tuple[dict[str, str], Callable[[], object]]:
+    """Cage this process for good.
 
     Args:
         memory_mb (`int`): Megabytes of address space for each child, beside what this process has now.
         timeout (`float`): Seconds that a child may live; bounds its processor time.
-        pids_failure (`str`, *optional*): What failed in `fork_apart`.
+        pids_failure (`str`, *optional*): Why `fork_apart` made no namespace.
 
     Returns:
-        `tuple[dict[str, str], Callable[[], int | None]]`: Why each feature that is not active is missing, and what each
-        child must call for itself; it raises or returns -1 when it fails.
+        `tuple[dict[str, str], Callable]`: Why each feature that is not active is missing, and a function that each
+        child must call for itself, which raises `OSError` when it fails.
     """
     if not LINUX:
         _limit_resources(memory_mb << 20, 0)
-        return dict.fromkeys(FEATURES, f"{sys.platform} has no such thing"), lambda: _limit_processor(timeout)
+        return dict.fromkeys(FEATURES, f"{sys.platform} has no such feature"), lambda: _limit_processor(timeout)
     missing = {} if pids_failure is None else {"pid namespace": pids_failure}
 
     def attempt(feature, function, *arguments):
@@ -162,49 +164,44 @@ def enter(memory_mb, timeout, pids_failure=None):
     memory = _address_space() + (memory_mb << 20)
     attempt("no new privileges", _prctl, PR_SET_NO_NEW_PRIVS, 1)
     with contextlib.suppress(OSError):
-        _write_text("/proc/self/oom_score_adj", "1000")  # if memory runs out, it is not the trainer that dies
+        _write_text("/proc/self/oom_score_adj", "1000")  # the kernel's first choice when memory runs out
     for flag, name in ((NEW_NET, "net"), (NEW_IPC, "ipc"), (NEW_UTS, "uts")):
         attempt(f"{name} namespace", _unshare, flag)
     attempt("private files", _private_files)
     os.chdir(SCRATCH if "private files" not in missing else "/")
     attempt("landlock", _landlock, "private files" not in missing)
-    attempt("unprivileged user", _become_nobody)  # who need not reach a library in root's home, but to import from it
+    # After Landlock, whose rules name folders: nobody may have no access to a library in root's home
+    attempt("unprivileged user", _become_nobody)
     attempt("thread limit", _limit_threads)
     attempt("no capabilities", _drop_capabilities)
     _limit_resources(memory, 0 if "private files" in missing else SCRATCH_BYTES)
     hide()
     die_with_parent()  # after the change of user, which would undo it
-    install_filter = lambda: 0  # noqa: E731
+    child_filter = None
     try:
         if not seccomp.supported():
             raise OSError(0, f"no table of system calls for {seccomp.MACHINE}")
-        zygote_filter = seccomp.zygote_filter()  # named, so that it lives until the kernel has read it
-        _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(zygote_filter))
-        install_filter = _filter_installer(seccomp.child_filter())
+        _install(seccomp.zygote_filter())
+        child_filter = seccomp.child_filter()
     except OSError as error:
         missing["seccomp"] = error.strerror
-    if "pid namespace" not in missing:
-        return missing, install_filter
 
-    def limit_child():  # without the namespace it could outlive the zygote
-        die_with_parent()
-        _limit_processor(timeout)
-        return install_filter()
+    def limit_child():
+        if "pid namespace" in missing:  # it could outlive the zygote
+            die_with_parent()
+            _limit_processor(timeout)
+        if child_filter is not None:
+            _install(child_filter)
 
     return missing, limit_child
 
 
-def _filter_installer(program):
-    """Returns a function that installs a seccomp filter and returns 0, or -1 if it could not.
-
-    Every solution process calls it, so it is a single call, made ready beforehand, without checks of types and errors:
-    whatever a fresh fork touches costs it the copy of a page.
-    """
-    return functools.partial(ctypes.PyDLL(None).prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program))
+def _install(program):
+    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def report(missing):
-    """Returns the state of every feature, for people."""
+def report(missing: dict[str, str]) -> dict[str, str]:
+    """Return the state of every feature: `"active"` or `"missing: "` and the reason."""
     return {name: f"missing: {missing[name]}" if name in missing else "active" for name in FEATURES}
 
 
@@ -219,15 +216,15 @@ def _address_space():
 
 
 def _installed_packages(folder):
-    """Returns the folders of third-party packages beneath the standard library: they may hold a task set's answers."""
+    """Return the folders of third-party packages in the standard library: they may hold a task set's answers."""
     return [entry.path for entry in os.scandir(folder) if entry.name.endswith("-packages")]
 
 
 def _private_files():
-    """Makes a root of our own: the standard library, read-only, and an empty scratch folder in memory."""
+    """Make a private root: the standard library, read-only, and an empty scratch folder in memory."""
     _unshare(NEW_MOUNTS)
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    root = "/proc"  # any folder that holds nothing we still need
+    root = "/proc"  # any folder that is not needed any more
     _mount("tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,nr_inodes=256,mode=755")
     for folder in LIBRARY_FOLDERS:
         os.makedirs(root + folder)
@@ -241,7 +238,7 @@ def _private_files():
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
     attributes = ctypes.byref((ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0))
     _syscall(MOUNT_SETATTR, "mount_setattr", -1, os.fsencode(root), AT_RECURSIVE, attributes, ctypes.c_size_t(32))
-    # The scratch folder belongs to whom the solution will be.
+    # The scratch folder belongs to the user that the solution will run as
     options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700"
     options += f",uid={NOBODY},gid={NOBODY}" if _really_root() else ""
     _mount("tmpfs", root + SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, options)
@@ -251,7 +248,7 @@ def _private_files():
 
 
 def _really_root():
-    # In a user namespace of our own making no group can be set; root from outside can.
+    # An ordinary user is never uid 0 here: its user namespace maps it to itself, and cannot set groups
     return os.geteuid() == 0
 
 
@@ -287,14 +284,14 @@ def _set_limit(name, limit):
             raise
 
 
-def limit_judge(memory_mb):
-    """Bounds what a solution can make its tests allocate by answering with a huge number."""
+def limit_judge(memory_mb: int) -> None:
+    """Bound what the tests allocate when a solution answers with a huge number."""
     limit = (memory_mb + 1024) << 20  # room for a result, for the tests' own data and for numpy
     _set_limit(resource.RLIMIT_AS, limit)
 
 
 def _limit_threads():
-    """Allows the zygote, one child and its threads: a user namespace of our own counts nothing else."""
+    """Allow the zygote, one child and its threads, which are all that a new user namespace counts."""
     version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
     if version < (5, 14):
         raise OSError(0, "Linux 5.14 or later is needed")
@@ -328,9 +325,9 @@ def _landlock(scratch):
         os.close(folder)
 
     for folder in LIBRARY_FOLDERS:
-        allow(folder, READ_DIR)  # import lists it; what lies beneath is opened up one by one
+        allow(folder, READ_DIR)  # import lists it; its entries are allowed one by one
         for entry in os.scandir(folder):
-            # Debian links some files to others that need not be there.
+            # Debian links to files that may not be installed
             if entry.path not in _installed_packages(folder) and os.path.exists(entry.path):
                 allow(entry.path, READ_FILE | READ_DIR)
     allow(NULL, READ_FILE | WRITE_FILE)
@@ -341,10 +338,10 @@ def _landlock(scratch):
     os.close(rules)
 
 
-def wipe_scratch():
-    """Empties the scratch folder, however deep, long-named or unreadable its contents are. It stays the current one."""
+def wipe_scratch() -> None:
+    """Empty the scratch folder, however deep, long-named or unreadable its contents are, and stay in it."""
     os.chdir(SCRATCH)
-    depth = 0  # of the current folder; there is no long path and no recursion
+    depth = 0  # of the current folder: one step at a time, as whole paths may be too long and too deep to recurse
     while True:
         for name in os.listdir(b"."):
             if not _is_folder(name):

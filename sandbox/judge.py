@@ -1,11 +1,11 @@
-"""The trusted side: runs the tests of a program against a proxy of its solution, and alone writes the verdict.
+"""The trusted side: run the tests of a program against a proxy of its solution, and write the verdict.
 
 The solution runs in another process, forked by the worker's zygote, and is reached through two pipes made for this one
-program. A call of the proxy sends the arguments, receives a plain value or the name of an exception, and does in the
-tests what the function would have done. Whatever the tests swallow, a channel that broke makes `passed` impossible.
+program. A call of the proxy sends the arguments, receives a plain value or the name of an exception, and returns the
+value or raises that exception in the tests. Once a channel has broken, `passed` is impossible, whatever the tests catch.
 
-Not covered here: what keeps the solution in its process (cage.py), and programs asked for `inline`, whose tests run
-beside the solution and can be fooled by it (solution.py).
+Not covered here: the cage that confines the solution (cage.py), and `inline` programs, which run tests and solution in
+one interpreter (solution.py).
 """
 
 import builtins
@@ -18,7 +18,9 @@ import socket
 import sys
 import time
 import types
-from _thread import allocate_lock
+from _thread import allocate_lock  # importing threading would make every fork slower
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import wire
 
@@ -28,46 +30,50 @@ SETUP = "<setup>"
 
 
 class Fault(BaseException):
-    """Ends the tests, whatever they catch: the solution's process or channel is of no further use."""
+    """Ends the tests: the solution's process or channel has failed."""
 
 
 class TimeUp(BaseException):
-    """The program's time is over."""
+    """Ends the tests: the program's time is up."""
 
 
 class SolutionError(Exception):
-    """Stands in the tests for an exception of the solution that is no builtin `Exception`."""
+    """Stands in the tests for an exception of the solution that is not a builtin `Exception`."""
 
 
 class Solution:
-    """One solution process, seen from the judge."""
+    """The judge's end of one solution process.
 
-    def __init__(self, control):
+    Args:
+        control (`socket.socket`): Connected to the zygote, which forks the process.
+    """
+
+    def __init__(self, control: socket.socket):
         self.control = control
-        self.fault = None  # (status, detail) of what broke first; a verdict can no longer be `passed`
+        self.fault = None  # (status, detail) of the first failure, which becomes the verdict
         self.called = False
-        self._turn = allocate_lock()  # a call is alone on the channel, whichever thread of the tests makes it
-        self._ending = allocate_lock()  # only one asks the zygote to kill it, or how it died
-        # Two pipes: a call takes a third less time to cross and come back than over one socket
-        answers, their_answers = os.pipe()
-        their_calls, calls = os.pipe()
-        socket.send_fds(control, [b"s"], [their_answers, their_calls])
-        os.close(their_answers)
-        os.close(their_calls)
-        self.channel = wire.Channel(answers, calls)
+        self._turn = allocate_lock()  # one call at a time, whichever thread of the tests makes it
+        self._ending = allocate_lock()  # only one thread asks the zygote to kill the process or to wait for it
+        # Two pipes: a call over one socket takes half as long again
+        judge_answers, solution_answers = os.pipe()
+        solution_calls, judge_calls = os.pipe()
+        socket.send_fds(control, [b"s"], [solution_answers, solution_calls])
+        os.close(solution_answers)
+        os.close(solution_calls)
+        self.channel: wire.Channel | None = wire.Channel(judge_answers, judge_calls)
 
-    def load(self, *fields):
-        """Sends the program's texts and returns the first answer."""
+    def load(self, *fields: str | None) -> list:
+        """Send the program's texts and return the first answer."""
         try:
             self.channel.send_trusted(fields)
         except wire.CannotCross as error:
             self._break("error", f"in the program's text: {error}")
         except ConnectionError:
-            pass  # it died early: reading tells how
+            pass  # it died early: reading will tell how
         return self._receive()
 
-    def call(self, *args, **kwargs):
-        """What the tests call: the candidate."""
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the solution's function: the `candidate` of the tests."""
         self.called = True
         with self._turn:
             if self.fault or self.channel is None:
@@ -81,7 +87,7 @@ class Solution:
             answer = self._receive()
             if len(answer) == 1:
                 return answer[0]
-            if not _tells_of_exception(answer):
+            if not _is_exception(answer):
                 self._break(*explain(answer))
         raise _exception(answer)
 
@@ -94,7 +100,7 @@ class Solution:
             self._break("error", f"the solution wrote to the channel itself: {error}")
         except MemoryError:
             self._break("error", "the solution answered with more than fits into memory")
-        # One item is a value, whatever it is; more are what else happened, by name
+        # One item is a value, whatever it is; several are another outcome and begin with its name
         if type(answer) is list and (len(answer) == 1 or answer and type(answer[0]) is str):
             return answer
         self._break("error", "the solution wrote to the channel itself")
@@ -103,19 +109,19 @@ class Solution:
         self.fault = self.fault or (status, detail)
         raise Fault
 
-    def stop(self):
-        """Has the process killed, unless it has ended."""
+    def stop(self) -> None:
+        """Have the process killed, unless it has exited."""
         with self._ending:
             if self.channel is not None:
                 channel, self.channel = self.channel, None
                 self.control.send(b"k")
-                channel.close()  # only now: the end of its channel would wake up the solution
+                channel.close()  # after the kill: the solution would wake up when its channel closes
 
     def _wait_status(self):
-        """Returns how the process ended, which closed its channel."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # half of this would confuse the zygote
+        """Return the wait status of the process, which has closed its channel."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # the zygote expects all of this or nothing
         with self._ending:
-            if self.channel is None:  # the tests are over, and this is a thread that they left
+            if self.channel is None:  # the tests have ended, and left this thread
                 raise Fault
             self.channel.close()
             self.channel = None
@@ -125,15 +131,15 @@ class Solution:
             except ConnectionError:
                 status = b""
         if not status:
-            os._exit(1)  # the zygote is gone: the caller replaces this worker and runs the program again
+            os._exit(1)  # the zygote died: the caller replaces this worker and runs the program again
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         return int.from_bytes(status, "little")
 
 
-def explain(answer):
-    """Returns status and detail for an answer that is no value."""
+def explain(answer: list) -> tuple[str, str]:
+    """Return the status and detail for an answer that is not a value."""
     kind, *content = answer
-    if _tells_of_exception(answer):
+    if _is_exception(answer):
         name, _, message, where = content
         status = "out_of_memory" if name == "MemoryError" else "error"
         return status, f"the solution raised {name} {where}{message and ': '}{message}"
@@ -161,21 +167,21 @@ def _explain_exit(status):
     return "crashed", f"the solution process exited with status {os.WEXITSTATUS(status)}"
 
 
-def _tells_of_exception(answer):
+def _is_exception(answer):
     return answer[0] == "raised" and [*map(type, answer[1:])] == [str, tuple, str, str]
 
 
 def _exception(answer):
-    """Returns what to raise in the tests for an exception of the solution."""
+    """Return the exception to raise in the tests for one of the solution."""
     _, name, args, message, _ = answer
     error = _closest_builtin(name, args, message)
-    error._answer = answer  # an exception of the tests has none
+    error._answer = answer  # marks it: exceptions of the tests have none
     return error
 
 
 def _closest_builtin(name, args, message):
     kind = getattr(builtins, name, None)
-    # The two that end an iteration would end the tests' own, `all(map(candidate, inputs))`, as if all had been seen
+    # These two would silently end a loop of the tests, such as `all(map(candidate, inputs))`
     if name in ("StopIteration", "StopAsyncIteration") or not (isinstance(kind, type) and issubclass(kind, Exception)):
         return SolutionError(f"{name}: {message}")
     try:
@@ -189,14 +195,19 @@ def _closest_builtin(name, args, message):
     for base in kind.__mro__:
         try:
             return base(message)
-        except Exception:  # such as ExceptionGroup, which wants exceptions too
+        except Exception:  # such as ExceptionGroup, which needs exceptions too
             pass
 
 
 class Judge:
-    """Grades one program after the other, for as long as the worker lives."""
+    """Grades one program after another.
 
-    def __init__(self, control, timeout):
+    Args:
+        control (`socket.socket`): Connected to the zygote.
+        timeout (`float`): Seconds that a program may take.
+    """
+
+    def __init__(self, control: socket.socket, timeout: float):
         self.control = control
         self.timeout = timeout
         self.armed = False
@@ -207,20 +218,20 @@ class Judge:
             self.late = True  # even if the tests swallow what is raised here
             raise TimeUp
 
-    def grade(self, source, tests, entry_point, setup, inline):
-        """Returns the verdict's fields, and whether to replace this worker: `[status, detail, seconds, spoilt]`."""
+    def grade(self, source: str, tests: str, entry_point: str, setup: str, inline: bool) -> list:
+        """Return `[status, detail, seconds, needs_restart]`, the last of which says whether to replace this worker."""
         start = time.monotonic()
-        if "random" in tests or "random" in setup:
-            random.seed()  # whatever the last tests left
-            if "numpy" in sys.modules:
-                sys.modules["numpy"].random.seed()  # a solution starts from the state that the worker was forked with
+        # The last tests may have seeded these, and numpy's state is the one that solutions are forked with
+        random.seed()
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()
         solution = Solution(self.control)
         self.late = False
         try:
-            # Whatever the last tests made of the signal
+            # The last tests may have changed how the signal is handled
             signal.signal(signal.SIGALRM, self._alarm)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-            # Repeated, in case the tests swallow the first one.
+            # Repeated, in case the tests catch the first one
             self.armed = True
             signal.setitimer(signal.ITIMER_REAL, self.timeout, 0.1)
             if inline:
@@ -234,14 +245,15 @@ class Judge:
             signal.setitimer(signal.ITIMER_REAL, 0)
             solution.stop()
         seconds = time.monotonic() - start
-        if self.late or seconds > self.timeout:  # the tests may have put an alarm of their own in the timer's place
+        if self.late or seconds > self.timeout:  # the tests may have replaced the timer
             status, detail = "timeout", f"no verdict within {self.timeout:g} s"
         elif solution.fault:
             status, detail = solution.fault
-        # A solution may have had its say in the detail: keep it one short line, and a harmless one to print.
+        # The detail may contain text of the solution: make it one short line that is safe to print
         detail = "".join(letter if letter.isprintable() else " " for letter in detail[:MAX_DETAIL])
-        # A timeout interrupts the tests anywhere, such as within an import
-        return [status, detail, seconds, status == "timeout" or _threads_are_left()]
+        # A timeout may have interrupted the tests in the middle of an import
+        needs_restart = status == "timeout" or _threads_remain()
+        return [status, detail, seconds, needs_restart]
 
     def _apart(self, solution, source, tests, entry_point, setup):
         answer = solution.load(source, entry_point, None, None)
@@ -251,7 +263,7 @@ class Judge:
         if hasattr(error, "_answer"):
             return explain(error._answer)
         if status == "passed" and not solution.called:
-            return "error", f"the tests came to their end without a call of {entry_point}"
+            return "error", f"the tests never call {entry_point}"
         return status, detail
 
     def _inline(self, solution, source, tests, entry_point, setup):
@@ -266,13 +278,15 @@ def _compiled(text, name):
     return compile(text, name, "exec", dont_inherit=True)
 
 
-def _threads_are_left():
+def _threads_remain():
     threading = sys.modules.get("threading")
     return threading is not None and threading.active_count() > 1
 
 
-def run_tests(candidate, entry_point, setup, tests, module):
-    """Runs trusted tests in `module` against `candidate` and returns `(status, detail, exception or None)`."""
+def run_tests(
+    candidate: Callable, entry_point: str, setup: str, tests: str, module: types.ModuleType
+) -> tuple[str, str, BaseException | None]:
+    """Run trusted tests in `module` against `candidate`; return the status, its detail and the exception."""
     sys.modules["tests"] = module  # dataclasses and pickle look it up
     namespace = module.__dict__
     namespace["__name__"] = "tests"
@@ -296,12 +310,12 @@ def run_tests(candidate, entry_point, setup, tests, module):
         where = f"line {line} of the tests: {tests.splitlines()[line - 1].strip()}" if line else error
         return "failed", f"{name}: {where}", error
     finally:
-        namespace.clear()  # its functions hold it, and it holds what they answered
+        namespace.clear()  # it is a cycle with its functions, and holds what the solution answered
     return "passed", "", None
 
 
-def last_line(traceback, file):
-    """Returns the number of the last line of a file that the traceback comes by; 0 if there is none."""
+def last_line(traceback: types.TracebackType | None, file: str) -> int:
+    """Return the number of the last line of `file` in a traceback; 0 if there is none."""
     line = 0
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == file:
@@ -310,13 +324,13 @@ def last_line(traceback, file):
     return line
 
 
-def judge(caller, control, timeout):
-    """Serves the caller until it is gone.
+def judge(caller: wire.Channel, control: socket.socket, timeout: float) -> NoReturn:
+    """Grade the caller's programs until it is gone.
 
     Args:
-        caller (`wire.Channel`): programs come in as lists of five, verdicts go out as lists of four.
-        control (`socket.socket`): connected to the worker's zygote.
-        timeout (`float`): seconds a program may take.
+        caller (`wire.Channel`): Receives programs as lists of five fields and sends verdicts as lists of four.
+        control (`socket.socket`): Connected to the worker's zygote.
+        timeout (`float`): Seconds that a program may take.
     """
     gc.collect()
     gc.freeze()

@@ -1,15 +1,14 @@
-"""Grades programs on the hosts of a Ray cluster, with the interface of `Sandbox`.
+"""Grade programs on the hosts of a Ray cluster, with the interface of `Sandbox`.
 
     with RaySandbox("10.0.0.1:6379") as sandbox:
         verdicts = sandbox.run(programs)
 
-An actor on each node owns sandboxes of one worker, one for each of its cores, so that a slow program holds up its own
-core alone. This file hands out small chunks of programs, never more than one beyond an actor's workers, and is the only
-one that keeps count: Ray is told to retry nothing. A chunk's verdicts are taken from the one call that it is in; when
-that call fails, its actor is killed and the chunk forgotten, then its programs run again elsewhere. So no verdict is
-lost or comes twice.
+An actor on each node owns sandboxes of one worker, one per core, so a slow program delays only its own core. The driver
+sends each actor small chunks of programs, at most one more than it has workers. Ray's own retries are off: a chunk's
+verdicts come from the one call that carries it, and when that call fails, its actor is killed and its programs run again
+in another. So no verdict is lost or counted twice.
 
-Not covered here: the cage, which is the local sandbox's on every node (__init__.py), and starting the cluster.
+Not covered here: the cage, which every node takes from its local sandbox (__init__.py), and starting the cluster.
 """
 
 import logging
@@ -22,22 +21,23 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from . import GRACE_SECONDS, MAX_ATTEMPTS, Sandbox, Verdict, _check, _tell_of_inline
+from . import GRACE_SECONDS, MAX_ATTEMPTS, Program, Sandbox, Verdict, _check, _warn_inline
 
 CONNECT_SECONDS = 30  # for the cluster to answer
 START_SECONDS = 30  # for an actor to start
-PATIENCE_SECONDS = 60  # beyond all timeouts of two chunks, one of which waits, before their actor counts as lost
-CHUNK = 16  # programs at most: more save little of Ray's time, and wait longer for each other
-STRIDE = 64  # between neighbours in a chunk: a task's completions stand side by side, and often time out together
+PATIENCE_SECONDS = 60  # beyond the timeouts of a running and a waiting chunk, before their actor counts as lost
+CHUNK = 16  # programs at most: larger chunks save little overhead, and their programs wait longer for each other
+STRIDE = 64  # between programs of a chunk: a task's completions are adjacent in a batch and often time out together
 
 logger = logging.getLogger(__name__)
-_connected = weakref.WeakSet()  # the open sandboxes, if it was one of them that connected this process to Ray
+_connected = weakref.WeakSet()  # open sandboxes, if one of them connected this process to Ray
 
 
 class _Grader:
-    """What runs in an actor: a sandbox of one worker for each of some cores."""
+    """The class of the actors: a sandbox of one worker for each of some cores."""
 
     def __init__(self, cores, settings):
         self._usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
@@ -53,7 +53,7 @@ class _Grader:
         return sandboxes[0].isolation()
 
     def grade(self, programs):
-        core, sandbox = self._free.get()  # as many threads call this as there are sandboxes
+        core, sandbox = self._free.get()  # Ray runs as many calls at once as there are sandboxes
         try:
             self._pin(core)
             return sandbox.run(programs)
@@ -65,7 +65,7 @@ class _Grader:
         return Sandbox(1, **self._settings)
 
     def _pin(self, core):
-        """Keeps this thread, and a server that it starts, on one core: all sandboxes of one worker would share one."""
+        """Keep this thread, and a server that it starts, on one core, so that the sandboxes use different ones."""
         if self._usable:
             os.sched_setaffinity(0, {self._usable[core % len(self._usable)]})
 
@@ -80,42 +80,50 @@ class _Actor:
         self.workers = workers
         self.isolation = None  # until it has started
         self.calls = {}  # the reference of each call in flight: its programs' indices and its deadline
-        self.alone = False  # whether what is in flight must stay alone
+        self.alone = False  # whether its call must stay the only one
 
 
 class RaySandbox:
     """A `Sandbox` on the nodes of a Ray cluster. Use it as a context manager, or call `close`.
 
-    Nodes grade with as many programs at once as Ray counts CPUs on them: `ray start --num-cpus=0` keeps a node out. The
-    actors reserve nothing, so that the processes of a distributed training may each have a `RaySandbox`. Every node
-    needs this package and the same versions of Python and Ray. Nodes that join are used from the next `run` on, nodes
-    that are lost are done without. Threads may share one; their batches take turns. A fork of the caller may not use
-    it.
+    A node grades as many programs at once as Ray counts CPUs on it: `ray start --num-cpus=0` excludes a node. The actors
+    reserve no CPUs, so each process of a distributed training may have a `RaySandbox`. Every node needs this package
+    and the same versions of Python and Ray. Nodes that join are used from the next `run` on; lost nodes are skipped.
+    Threads may share one: their batches take turns. A fork of the caller must not use it.
 
     Args:
         address (`str`, *optional*): `"host:port"` of the cluster, or `"auto"` for the one that this host belongs to.
-            Defaults to the environment's `RAY_ADDRESS`, else Ray is started on this host alone. Not looked at when this
-            process is connected to Ray already.
-        actors (`int`, *optional*): Actors on each node, which share its cores. Defaults to one.
+            Defaults to the environment variable `RAY_ADDRESS`; without it Ray is started on this host alone. Ignored
+            if this process is already connected to Ray.
+        actors (`int`, *optional*): Actors per node, which share its cores. Defaults to one.
         timeout (`float`, defaults to `5.0`): Seconds of wall-clock time that a program may take.
-        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside the
-            interpreter that it finds, at least 64.
-        isolation (`str`, defaults to `"auto"`): `"auto"` takes the strongest cage that each node's kernel offers and
-            warns about what is missing; `"strict"` leaves out nodes where anything is missing.
+        memory_mb (`int`, defaults to `1024`): Megabytes of address space that a solution may use beside its
+            interpreter, at least 64.
+        isolation (`str`, defaults to `"auto"`): `"auto"` uses every feature of the cage that a node's kernel has and
+            warns about those missing; `"strict"` excludes nodes where any is missing.
 
     Raises:
         `ValueError`: If an argument is out of range.
         `ImportError`: If Ray is not installed.
-        `ConnectionError`: If no cluster answers at the address within half a minute.
+        `ConnectionError`: If no cluster answers at the address within 30 seconds.
         `RuntimeError`: If no node can grade.
     """
 
-    def __init__(self, address=None, actors=None, timeout=5.0, memory_mb=1024, isolation="auto"):
+    def __init__(
+        self,
+        address: str | None = None,
+        actors: int | None = None,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+        isolation: str = "auto",
+    ):
         _check(timeout, memory_mb, isolation)
         if actors is not None and actors < 1:
-            raise ValueError(f"actors={actors}: give at least 1, or None for one on each node")
+            raise ValueError(f"actors={actors}: give at least 1, or None for one per node")
         if address is not None and "://" in address:
-            raise ValueError(f'address="{address}": write host:port, and let this host join: ray start --address=...')
+            raise ValueError(
+                f'address="{address}": write host:port, and join this host to the cluster with `ray start --address=...`'
+            )
         _ray()
         self.address = address
         self.actors = actors or 1
@@ -123,8 +131,8 @@ class RaySandbox:
         self._call_seconds = PATIENCE_SECONDS + 2 * CHUNK * (timeout + GRACE_SECONDS)
         self._lock = threading.Lock()
         self._actors = []
-        self._failures = Counter()  # starts that failed in a row, by node
-        self._reason = "none offers CPUs"
+        self._failures = Counter()  # consecutive failed starts, by node
+        self._reason = "none has CPUs"
         self._warned = set()
         try:
             self._start(everywhere=True)
@@ -132,8 +140,8 @@ class RaySandbox:
             self.close()
             raise
 
-    def run(self, programs):
-        """Grades programs.
+    def run(self, programs: Iterable[Program]) -> list[Verdict]:
+        """Grade programs.
 
         Args:
             programs (`Iterable[Program]`): Any number of programs.
@@ -149,14 +157,14 @@ class RaySandbox:
             try:
                 return self._run(programs)
             except BaseException:
-                self._stop()  # what is still in flight is nobody's
+                self._stop()  # calls still running must not answer to the next batch
                 raise
 
-    def isolation(self):
-        """Returns what the cage consists of on all nodes.
+    def isolation(self) -> dict[str, str]:
+        """Report the features of the cage that all nodes have.
 
         Returns:
-            `dict[str, str]`: `"active"` or `"missing: "`, the reason and a host, for each of the cage's features.
+            `dict[str, str]`: For each feature `"active"`, or `"missing: "`, the reason and a host.
         """
         with self._lock:
             self._start(everywhere=True)
@@ -167,8 +175,8 @@ class RaySandbox:
                         merged[name] = f"{state} (on {actor.host})"
             return merged
 
-    def close(self):
-        """Ends the actors, and the connection to Ray if this object made it. The next `run` starts them again."""
+    def close(self) -> None:
+        """Kill the actors, and disconnect from Ray if this object connected. The next `run` starts them again."""
         with self._lock:
             self._stop()
             if self in _connected:
@@ -176,10 +184,10 @@ class RaySandbox:
                 if not _connected:
                     _ray().shutdown()
 
-    def __enter__(self):
+    def __enter__(self) -> "RaySandbox":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _run(self, programs):
@@ -187,7 +195,7 @@ class RaySandbox:
         attempts = [0] * len(programs)
         waiting = deque(job for first in range(STRIDE) for job in range(first, len(programs), STRIDE))
         left = len(programs)
-        _tell_of_inline(programs)
+        _warn_inline(programs)
         if programs:
             self._start(everywhere=False)
         while left:
@@ -207,19 +215,19 @@ class RaySandbox:
         return verdicts
 
     def _assign(self, actor, programs, waiting, attempts):
-        """Gives an actor as many chunks as it may have."""
+        """Send an actor as many chunks as it may have."""
         if actor.isolation is None:
             return
         workers = sum(each.workers for each in self._actors)
         while waiting and len(actor.calls) <= actor.workers and not actor.alone:
             jobs = [waiting.popleft()]
             lost = attempts[jobs[0]]
-            if lost == MAX_ATTEMPTS - 1:  # what dies with it this time must be its own fault
+            if lost == MAX_ATTEMPTS - 1:  # the last attempt runs alone, so that no other program can be the cause
                 if actor.calls:
                     waiting.appendleft(jobs[0])
                     return
                 actor.alone = True
-            elif lost == 0:  # chunks get smaller towards the end, so that the last ones end together
+            elif lost == 0:  # chunks shrink towards the end, so that the last ones finish together
                 size = min(CHUNK, 1 + len(waiting) // (2 * workers))
                 while len(jobs) < size and attempts[waiting[0]] == 0:
                     jobs.append(waiting.popleft())
@@ -227,11 +235,11 @@ class RaySandbox:
             actor.calls[call] = jobs, time.monotonic() + self._call_seconds
 
     def _wait(self):
-        """Waits for an answer of any actor.
+        """Wait for an answer of any actor.
 
         Returns:
-            `list[tuple[list[int], list[Verdict] or None]]`: The programs of each call that has ended, and their
-            verdicts, or `None` if the call's actor was lost.
+            `list[tuple[list[int], list[Verdict] or None]]`: The programs of each finished call, and their verdicts,
+            or `None` if the call's actor was lost.
         """
         ray = _ray()
         callers = {call: actor for actor in self._actors for call in actor.calls}
@@ -241,13 +249,13 @@ class RaySandbox:
         deadline = callers[first].calls[first][1]
         ended, _ = ray.wait(list(callers), timeout=max(0, deadline - time.monotonic()))
         if not ended:
-            return self._lose(callers[first], "it does not answer")
+            return self._drop_actor(callers[first], "it does not answer")
         (call,) = ended
         actor = callers[call]
         try:
             answer = ray.get(call)
         except ray.exceptions.RayError as error:
-            return self._lose(actor, str(getattr(error, "cause", None) or error))
+            return self._drop_actor(actor, str(getattr(error, "cause", None) or error))
         jobs, _ = actor.calls.pop(call)
         actor.alone = False
         if actor.isolation is None:
@@ -256,9 +264,9 @@ class RaySandbox:
         return [(jobs, answer)]
 
     def _start(self, everywhere):
-        """Connects to the cluster and starts actors where there are none; waits for all of them, or only for one."""
+        """Connect to the cluster, start missing actors, and wait for one of them or for all."""
         self._connect()
-        self._hire()
+        self._start_actors()
         enough = all if everywhere else any
         while not (self._actors and enough(actor.isolation for actor in self._actors)):
             self._wait()
@@ -279,8 +287,8 @@ class RaySandbox:
         ray.init(target, **options)
         _connected.add(self)
 
-    def _hire(self):
-        """Starts an actor in every place on a live node that has none, and forgets those of nodes that are gone."""
+    def _start_actors(self):
+        """Start an actor in every place on a live node that has none, and drop the actors of lost nodes."""
         ray = _ray()
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         self._actors = [actor for actor in self._actors if actor.place[0] in nodes or actor.calls]
@@ -290,9 +298,9 @@ class RaySandbox:
             for number in range(min(self.actors, len(cores))):
                 if (name, number) not in taken and self._failures[name] < MAX_ATTEMPTS:
                     share = cores[number :: self.actors]
-                    self._actors.append(self._employ((name, number), node["NodeManagerAddress"], share))
+                    self._actors.append(self._start_actor((name, number), node["NodeManagerAddress"], share))
 
-    def _employ(self, place, host, cores):
+    def _start_actor(self, place, host, cores):
         ray = _ray()
         where = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(place[0], soft=False)
         grader = ray.remote(_Grader).options(
@@ -311,15 +319,15 @@ class RaySandbox:
             text = f"the cage of untrusted code is incomplete on {actor.host}: {missing}"
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 
-    def _lose(self, actor, reason):
-        """Ends an actor and starts another if its node lives; returns what was in flight, without verdicts."""
+    def _drop_actor(self, actor, reason):
+        """Kill an actor and start another if its node lives; return its unfinished programs, without verdicts."""
         self._reason = f"{actor.host}: {reason.strip().splitlines()[-1].strip()}"
-        logger.warning("an actor that graded programs was lost on %s", self._reason)
+        logger.warning("lost an actor on %s", self._reason)
         if actor.isolation is None:
             self._failures[actor.place[0]] += 1
         self._actors.remove(actor)
         _ray().kill(actor.handle)
-        self._hire()
+        self._start_actors()
         return [(jobs, None) for jobs, _ in actor.calls.values()]
 
     def _stop(self):
@@ -331,7 +339,7 @@ class RaySandbox:
 
 
 def _ray():
-    """Returns the module; nothing else of this package needs Ray."""
+    """Import Ray, which only this file needs, and return it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -342,7 +350,7 @@ def _ray():
 
 
 def _probe(address):
-    """Connects to a cluster in another process first: this one could not stop waiting, for many minutes."""
+    """Connect to a cluster in another process first: a failing `ray.init` blocks for many minutes."""
     script = "import logging, ray, sys; ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)"
     try:
         subprocess.run(
@@ -359,5 +367,5 @@ def _probe(address):
         reason = (error.stderr.strip() or f"exit status {error.returncode}").splitlines()[-1]
     else:
         return
-    text = f"no Ray cluster at {address}: {reason}. Start one with `ray start --head`, and let this host join it"
+    text = f"no Ray cluster at {address}: {reason}. Start one with `ray start --head` and join this host to it"
     raise ConnectionError(text) from None

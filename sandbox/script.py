@@ -1,9 +1,9 @@
 """A solution that is a script: it runs as `python script.py < input > output` would.
 
-Scripts for contests do more than `input` and `print`: they read descriptor 0 in one go, write to descriptor 1, replace
-`sys.stdout`, leave the work to a thread with a large stack, or print at exit.
+Contest scripts do more than `input` and `print`: they read all of descriptor 0 at once, write to descriptor 1, replace
+`sys.stdout`, do the work in a thread with a large stack, or print at exit.
 
-Not covered here: how a solution is reached and what its answer is worth (solution.py, judge.py).
+Not covered here: how calls reach a solution and how its answers are judged (solution.py, judge.py).
 """
 
 import atexit
@@ -11,20 +11,25 @@ import contextlib
 import io
 import os
 import sys
+import types
 
 
-def run(code, text, module):
-    """Runs a script in a solution process; `sys.exit` is a normal end, unless it says that it failed.
+def run(code: types.CodeType, text: str, module: types.ModuleType) -> str:
+    """Run a script in a solution process. `sys.exit` is a normal end, unless its code says that the script failed.
 
     Args:
-        code (`types.CodeType`): the compiled script.
-        text (`str`): what it reads from stdin.
-        module (`types.ModuleType`): its `__main__`.
+        code (`types.CodeType`): The compiled script.
+        text (`str`): What it reads from stdin.
+        module (`types.ModuleType`): Its `__main__`.
 
     Returns:
         `str`: What it printed.
+
+    Raises:
+        `SystemExit`: If the script exits with a code other than 0.
+        `BaseException`: Whatever the script raises.
     """
-    for descriptor in (0, 1):  # the script's last run may have closed them, and no other file may take their numbers
+    for descriptor in (0, 1):  # its last run may have closed them, and no other file may get their numbers
         os.dup2(2, descriptor)
     stdin, stdout = _nameless_file(text.encode("utf-8", "surrogatepass")), _nameless_file()
     sys.stdin = sys.__stdin__ = _text_stream(stdin, 0, "r")
@@ -43,7 +48,7 @@ def run(code, text, module):
 def _nameless_file(content=b""):
     try:
         file = open(os.open(".", os.O_TMPFILE | os.O_RDWR), "w+b")
-    except (AttributeError, OSError):  # not Linux, or no scratch folder: a script has no descriptors then
+    except (AttributeError, OSError):  # not Linux, or no scratch folder: a script then has no descriptors
         file = io.BytesIO()
     file.write(content)
     file.seek(0)
@@ -58,7 +63,7 @@ def _text_stream(file, descriptor, mode):
 
 
 def _finish():
-    """Does what an interpreter does at its end: it waits for threads, calls what wants to be called, and flushes."""
+    """Do what an interpreter does at exit: wait for threads, run exit handlers, flush."""
     while threads := _unfinished_threads():
         threads[0].join()
     atexit._run_exitfuncs()
@@ -71,5 +76,5 @@ def _unfinished_threads():
     threading, pools = map(sys.modules.get, ("threading", "concurrent.futures.thread"))
     if threading is None:
         return []
-    left_alone = {threading.current_thread(), *(pools._threads_queues if pools else ())}  # a pool's wait for work
-    return [thread for thread in threading.enumerate() if not thread.daemon and thread not in left_alone]
+    skipped = {threading.current_thread(), *(pools._threads_queues if pools else ())}  # a pool's threads wait for work
+    return [thread for thread in threading.enumerate() if not thread.daemon and thread not in skipped]

@@ -1,8 +1,8 @@
 """The system calls that a caged process may make: an allow-list for the zygote and a shorter one for its children.
 
-Everything not named in `ALLOWED` fails with EPERM, so Python sees an ordinary `PermissionError`: there is no socket, no
-execve, no ptrace, no signal, no mount, no chmod, no io_uring. The zygote must fork, wait and tidy up; what it needs for
-that is taken from each solution process by a second filter, which the process installs before it runs any source.
+Everything not named in `ALLOWED` fails with EPERM, so Python raises an ordinary `PermissionError`: there is no socket,
+no execve, no ptrace, no signal, no mount, no chmod, no io_uring. The zygote must fork, wait and clean up. A second
+filter, which each solution process installs before it runs any source, denies it the calls needed for that.
 
 Not covered here: which files may be opened (cage.py).
 """
@@ -21,7 +21,7 @@ COLUMN = {"x86_64": 0, "aarch64": 1}
 
 # Name: (x86_64, aarch64); None where the architecture has only the newer call.
 ALLOWED = {
-    # the own memory
+    # its own memory
     "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
     "brk": (12, 214),
     # open descriptors
@@ -30,35 +30,35 @@ ALLOWED = {
     "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fsync": (74, 82), "fdatasync": (75, 83),
     "ftruncate": (77, 46), "getdents64": (217, 61), "pipe": (22, None), "pipe2": (293, 59), "poll": (7, None),
     "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
-    # names of files, as far as mounts and Landlock let them
+    # file names, restricted by mounts and Landlock
     "open": (2, None), "openat": (257, 56), "stat": (4, None), "lstat": (6, None), "newfstatat": (262, 79),
     "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
     "readlink": (89, None), "readlinkat": (267, 78), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50),
     "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
-    # time and chance
+    # time and randomness
     "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "nanosleep": (35, 101),
     "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getitimer": (36, 102),
     "setitimer": (38, 103), "alarm": (37, None), "getrandom": (318, 278),
-    # the own process and its threads
+    # its own process and threads
     "clone": (56, 220), "futex": (202, 98), "set_robust_list": (273, 99), "set_tid_address": (218, 96),
     "rseq": (334, 293), "gettid": (186, 178), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
     "exit": (60, 93), "exit_group": (231, 94), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "restart_syscall": (219, 128), "getpid": (39, 172),
     "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
     "getrusage": (98, 165), "getrlimit": (97, 163), "sysinfo": (99, 179), "uname": (63, 160),
-    # the zygote's own, taken from its children
+    # the zygote only, denied to its children
     "fork": (57, None), "kill": (62, 129), "wait4": (61, 260), "recvmsg": (47, 212), "chmod": (90, None),
     "fchmodat": (268, 53), "prctl": (157, 167), "seccomp": (317, 277),
 }  # fmt: skip
 ZYGOTE_ONLY = ("fork", "kill", "wait4", "recvmsg", "chmod", "fchmodat", "prctl", "seccomp")
-# Raising one's own limits is refused by the kernel; the process argument must say "myself".
+# Only on the process itself (argument 0), whose limits the kernel does not let it raise.
 PRLIMIT64 = (302, 261)
-# Python asks terminals and descriptors with ioctl, and takes this answer well.
+# Python asks whether a descriptor is a terminal: ENOTTY is the usual answer.
 IOCTL = (16, 29)
-# Descriptors may be copied and asked. Owners, signals, leases and notices are refused: by them a descriptor makes the
-# kernel send signals to other processes, or holds up whoever opens a file of the library. So are flags, which would
-# stay on the /dev/null that all solutions share.
+# Descriptors may be duplicated and queried. Owners, signals, leases and notices are refused: with them the kernel would
+# signal other processes, or block those that open a file of the library. So are flags, which would stay set on the
+# /dev/null that all solutions share.
 FCNTL = (72, 25)
 F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0, 1, 2, 3, 1030
 
@@ -75,7 +75,8 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction))]
 
 
-def supported():
+def supported() -> bool:
+    """Return whether the system calls of this machine are known."""
     return MACHINE in COLUMN
 
 
@@ -84,8 +85,8 @@ def _numbers(names):
     return [ALLOWED[name][column] for name in names if ALLOWED[name][column] is not None]
 
 
-def zygote_filter():
-    """Returns the filter of the zygote, which its children inherit."""
+def zygote_filter() -> ctypes.Structure:
+    """Return the filter of the zygote, which its children inherit."""
     column = COLUMN[MACHINE]
     lines = [
         (LOAD, 0, 0, ARCHITECTURE),
@@ -117,8 +118,8 @@ def zygote_filter():
     return _program(lines)
 
 
-def child_filter():
-    """Returns the second filter of a solution process: threads, but no forks, and nothing else of the zygote's."""
+def child_filter() -> ctypes.Structure:
+    """Return the second filter of a solution process: threads, but no forks, and no other call of the zygote's."""
     denied = _numbers(ZYGOTE_ONLY)
     (clone,) = _numbers(["clone"])
     lines = [(LOAD, 0, 0, NUMBER)]

@@ -4,11 +4,10 @@ The zygote is forked before any test text exists in the worker and is caged once
 source over its only descriptors, executes it, and answers calls until it is killed. Whatever it sends is data to the
 judge, so nothing here needs to be defended from the code it runs.
 
-Not covered here: the cage itself (cage.py), how a script runs (script.py), and what the answers are worth (judge.py).
+Not covered here: the cage itself (cage.py), how a script runs (script.py), and how the judge reads answers (judge.py).
 """
 
 import builtins
-import ctypes
 import gc
 import os
 import signal
@@ -16,8 +15,9 @@ import socket
 import sys
 import time
 import types
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-import arenas
 import cage
 import judge
 import script
@@ -29,48 +29,42 @@ MAX_MESSAGE = 10_000  # characters of what an exception says
 DYING_SECONDS = 0.2  # how long a process that has closed its channel may take to finish dying
 
 
-def zygote(control, limit_child, has_scratch):
-    """Forks a solution process for each start that the judge sends over `control`, until the judge is gone.
+def zygote(control: socket.socket, limit_child: Callable[[], object], has_scratch: bool) -> NoReturn:
+    """Fork a solution process for each start that the judge sends, until the judge is gone.
 
     Args:
-        control (`socket.socket`): connected to the judge. A start is one byte with two pipes; then the judge says
-            `k` (kill it) or `w` (it seems to be dying: tell how), and receives the wait status after a `w`.
-        limit_child (`Callable[[], int | None]`): sets what must be set anew in each solution process; -1 if it failed.
-        has_scratch (`bool`): whether solutions can write, so that there is something to wipe after each.
+        control (`socket.socket`): Connected to the judge. A start is one byte with two pipes. Then the judge says `k`
+            (kill the process) or `w` (it closed its channel: wait for it), and receives the wait status after a `w`.
+        limit_child (`Callable`): Sets the limits that each solution process needs anew; raises if it fails.
+        has_scratch (`bool`): Whether solutions can write files, which are then deleted after each program.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process of a namespace ignores what it does not handle
-    channel = wire.Channel(CALLS, ANSWERS)
-    # The C library's fork: Python's own renews the locks of other threads, of which there are none here.
-    # Local names: each global that is looked up after a fork costs both sides copies of pages.
-    fork, read, close, kill, waitpid = ctypes.PyDLL(None).fork, os.read, os.close, os.kill, os.waitpid
-    receive, listdir, closerange, serve = control.recvmsg, os.listdir, os.closerange, _serve
-    sigkill = int(signal.SIGKILL)
-    space = socket.CMSG_SPACE(8)  # two descriptors
-    builtins.exit = builtins.quit = sys.exit  # the server starts without what puts them there
+    builtins.exit = builtins.quit = sys.exit  # the server runs without the site module, which would define them
     gc.collect()
-    fillers = arenas.fill_pools()  # noqa: F841
     gc.freeze()
     while True:
-        if not receive(1, space)[1]:  # the pipes come as the lowest free descriptors: ANSWERS and CALLS
+        # The pipes come as the lowest free descriptors: ANSWERS and CALLS
+        if not control.recvmsg(1, socket.CMSG_SPACE(8))[1]:
             os._exit(0)
-        pid = fork()
+        pid = os.fork()
         if pid == 0:
-            break
-        if pid < 0:
-            os._exit(1)  # no process is to be had: the caller replaces this worker
-        close(ANSWERS)
-        close(CALLS)
-        if read(CONTROL, 1) == b"w":
+            _solution_process(limit_child)
+        os.close(ANSWERS)
+        os.close(CALLS)
+        if os.read(CONTROL, 1) == b"w":
             os.write(CONTROL, _wait_briefly(pid).to_bytes(4, "little"))
         else:
-            kill(pid, sigkill)
-            waitpid(pid, 0)
-        if has_scratch and listdir():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if has_scratch and os.listdir():
             cage.wipe_scratch()
-    try:  # the solution process
-        closerange(CONTROL, 64)
-        if not limit_child():
-            serve(channel)
+
+
+def _solution_process(limit_child: Callable[[], object]) -> NoReturn:
+    try:
+        os.closerange(CONTROL, 64)
+        limit_child()
+        _serve(wire.Channel(CALLS, ANSWERS))
     except BaseException:
         pass
     finally:
@@ -105,7 +99,7 @@ def _serve(channel):
 
 
 def _run_inline(source, entry_point, setup, tests):
-    """Runs solution and tests in one module; returns `[status, detail]`."""
+    """Run solution and tests in one module; return `[status, detail]`."""
     module = new_module("solution")
     try:
         exec(compile(source, SOURCE, "exec", dont_inherit=True), module.__dict__)
@@ -117,7 +111,7 @@ def _run_inline(source, entry_point, setup, tests):
 
 
 def _load(source, entry_point):
-    """Returns `[function]`, or the answer that tells why there is none."""
+    """Return `[function]`, or the answer that says why there is none."""
     try:
         code = compile(source, SOURCE, "exec", dont_inherit=True)
     except BaseException as error:
@@ -134,32 +128,32 @@ def _load(source, entry_point):
     return [function]
 
 
-def new_module(name):
-    """Returns an empty module that is registered, because dataclasses and pickle look theirs up."""
+def new_module(name: str) -> types.ModuleType:
+    """Return an empty module and register it, because dataclasses and pickle look theirs up."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module
 
 
-def warm_up():
-    """Walks the way of a program before there is one, so that the forks find the code specialised for it."""
+def warm_up() -> None:
+    """Load a program and call it a few times, so that forks inherit code that is specialised for it."""
     source = "from typing import List\ndef f(numbers: List[int]) -> int:\n    return len(numbers)\n"
     for _ in range(10):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            judge_side = wire.Channel(ours.fileno())
-            judge_side.send_trusted((source, "f", None, None))
+        judge_end, solution_end = socket.socketpair()
+        with judge_end, solution_end:
+            channel = wire.Channel(judge_end.fileno())
+            channel.send_trusted((source, "f", None, None))
             for number in range(5):
-                judge_side.send_trusted((([number, 2.5],), {}))
-            ours.shutdown(socket.SHUT_WR)
+                channel.send_trusted((([number, 2.5],), {}))
+            judge_end.shutdown(socket.SHUT_WR)
             try:
-                _serve(wire.Channel(theirs.fileno()))
+                _serve(wire.Channel(solution_end.fileno()))
             except EOFError:
                 pass
 
 
-def _guarded(function, args, kwargs):
-    """Returns what a call came to: `[value]`, `["exited", code]` or `["raised", class name, args, message, where]`."""
+def _guarded(function: Callable, args: Any, kwargs: dict) -> list:
+    """Return the answer to a call: `[value]`, `["exited", code]` or `["raised", class name, args, message, where]`."""
     try:
         return [function(*args, **kwargs)]
     except SystemExit as error:
@@ -179,9 +173,9 @@ def _guarded(function, args, kwargs):
 
 
 def _arguments(kind, error, message):
-    """Returns what to make an exception of that builtin class with, so that it says what `error` says."""
+    """Return arguments with which that builtin class makes an exception that says what `error` says."""
     try:
-        args = kind.__reduce__(error)[1]  # those of an OSError and the file's name, which `error.args` lacks
+        args = kind.__reduce__(error)[1]  # for an OSError they include the file's name, which `error.args` lacks
         if str(kind(*args)) == message:
             return args
     except BaseException:

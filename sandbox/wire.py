@@ -1,10 +1,9 @@
-"""How plain builtin values cross between the judge and a solution: what is plain, and in which bytes.
+"""The wire format: which values cross between the judge and a solution, and in which bytes.
 
-What a solution writes is length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other
-type is an object with one key that names the type. The decoder knows these few names and nothing else, so hostile
-bytes become a plain value or a `ValueError`, never code. Size, depth and number of items are bounded. What the judge
-writes to a solution is marshal, checked to be as plain; the caller's programs travel to the judge as marshal too, of
-any size.
+A solution writes length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other type is an
+object with one key, which names the type. The decoder knows these few names and nothing else, so hostile bytes become a
+plain value or a `ValueError`, never code. Size, depth and number of items are bounded. The judge writes marshal to a
+solution, after checking that the value is as plain. The caller sends programs to the judge as marshal too, of any size.
 
 Not covered here: what the messages mean (judge.py, solution.py).
 """
@@ -15,6 +14,7 @@ import marshal
 import os
 import sys
 from math import isfinite
+from typing import Any
 
 MAX_BYTES = 16 << 20  # one frame
 MAX_ITEMS = 2_000_000  # values in one frame, containers included
@@ -25,16 +25,16 @@ _dumps = json.JSONEncoder(ensure_ascii=False).encode  # of strings and numbers: 
 
 
 class CannotCross(Exception):
-    """A value that is not plain data, or is too large to send."""
+    """Raised for a value that is not plain data or is too large to send."""
 
 
-def encode(value):
-    """Returns `value` as bytes; raises `CannotCross` for anything but bounded, exactly typed builtin values."""
+def encode(value: Any) -> bytes:
+    """Return `value` as bytes; raise `CannotCross` for anything but bounded values of exactly builtin types."""
     try:
         # Raw UTF-8 with "surrogatepass": \\u escapes would join two lone surrogates into one character.
         data = _text(value, MAX_DEPTH, [MAX_ITEMS]).encode("utf-8", "surrogatepass")
     except RecursionError:
-        raise CannotCross("a value is nested too deep to cross") from None
+        raise CannotCross("a value is nested too deeply to cross") from None
     return _bounded(data)
 
 
@@ -66,7 +66,7 @@ def _text(value, depth, counter):
     if counter[0] < 0:
         raise CannotCross(f"a value of more than {MAX_ITEMS} items cannot cross")
     if depth == 0:
-        raise CannotCross(f"a value nested more than {MAX_DEPTH} deep cannot cross")
+        raise CannotCross(f"a value nested more than {MAX_DEPTH} levels deep cannot cross")
     depth -= 1
     if kind is dict:
         pairs = [f"[{_text(key, depth, counter)},{_text(item, depth, counter)}]" for key, item in value.items()]
@@ -76,7 +76,7 @@ def _text(value, depth, counter):
 
 
 def _equal_builtin(value, kind):
-    """Returns the builtin value that a well-known type equals, which then crosses in its place."""
+    """Return the builtin value that stands in for one of a well-known type; raise `CannotCross` for other types."""
     if kind in (collections.Counter, collections.OrderedDict, collections.defaultdict):
         return dict(value)
     numpy = sys.modules.get("numpy")
@@ -99,8 +99,8 @@ _CONTAINERS = frozenset((list, tuple, dict, set, frozenset))
 _SCALARS = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
-def check(value):
-    """Raises `CannotCross` unless `value` is of exactly typed builtin values throughout."""
+def check(value: Any) -> None:
+    """Raise `CannotCross` unless `value` consists of exactly builtin types throughout."""
     kind = type(value)
     if kind is dict:
         if not value:
@@ -114,11 +114,11 @@ def check(value):
         raise _foreign(kind)
 
 
-def decode(data):
-    """Returns the value in `data`; raises `ValueError` for bytes that `encode` would not have written."""
+def decode(data: bytes) -> Any:
+    """Return the value in `data`; raise `ValueError` for bytes that `encode` would not have written."""
     opened = 0
-    if len(data) > MAX_DEPTH:  # what is shorter is within all bounds
-        # Separators inside strings are counted too: the bound stays one, and counting stays at memory speed.
+    if len(data) > MAX_DEPTH:  # shorter data is within all bounds
+        # Separators inside strings count too, which keeps this a single fast scan
         opened = data.count(b"[") + data.count(b"{")
         if opened + data.count(b",") > 3 * MAX_ITEMS:
             raise ValueError("too many items")
@@ -128,9 +128,9 @@ def decode(data):
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(f"not a frame: {type(error).__name__}") from None
     if end != len(text):
-        raise ValueError("not a frame: there is more after its value")
+        raise ValueError("not a frame: bytes follow its value")
     if opened > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        raise ValueError("nested too deep")
+        raise ValueError("nested too deeply")
     return value
 
 
@@ -187,53 +187,58 @@ def _deeper_than(value, limit):
 
 
 class Channel:
-    """Frames over a connected stream socket, or over two pipes: four bytes of length, then the payload.
+    """Frames over a connected stream socket or two pipes: four bytes of length, then the payload.
 
-    Only read and write are used, so that a process which may make no socket call can still use it.
+    It uses only read and write, because a solution process may make no socket calls.
 
     Args:
-        readable (`int`): The descriptor that frames come from.
-        writable (`int`, *optional*): The one that frames go to, if it is another.
+        readable (`int`): The descriptor to read frames from.
+        writable (`int`, *optional*): The descriptor to write frames to. Defaults to `readable`.
     """
 
-    def __init__(self, readable, writable=None):
+    def __init__(self, readable: int, writable: int | None = None):
         self.readable = readable
         self.writable = readable if writable is None else writable
         self._pending = b""
 
-    def send(self, value):
+    def send(self, value: Any) -> None:
+        """Send a plain value."""
         self.send_bytes(encode(value))
 
-    def send_trusted(self, value):
-        """Sends a plain value to a solution: in marshal, which is fast, and unsafe only for the side that reads."""
+    def send_trusted(self, value: Any) -> None:
+        """Send a plain value to a solution, as marshal: fast, and unsafe only for the process that reads it."""
         try:
             check(value)
             data = marshal.dumps(value)
         except (RecursionError, ValueError):
-            raise CannotCross("a value is nested too deep to cross") from None
+            raise CannotCross("a value is nested too deeply to cross") from None
         self.send_bytes(_bounded(data))
 
-    def receive_trusting(self):
+    def receive_trusting(self) -> Any:
+        """Return the next value of a sender that is trusted."""
         return marshal.loads(self.receive_bytes())
 
-    def send_program(self, texts):
-        """Sends the caller's texts, of any size, to the judge, which trusts the caller."""
-        self.send_bytes(marshal.dumps(texts))
+    def send_program(self, fields: list) -> None:
+        """Send a program's fields, of any size, to the judge, which trusts the caller."""
+        self.send_bytes(marshal.dumps(fields))
 
-    def receive_program(self):
+    def receive_program(self) -> list:
+        """Return the fields of the next program."""
         return marshal.loads(self.receive_bytes(limit=1 << 32))
 
-    def send_bytes(self, data):
+    def send_bytes(self, data: bytes) -> None:
+        """Send one frame."""
         data = len(data).to_bytes(4, "little") + data
         written = os.write(self.writable, data)
         while written < len(data):
             written += os.write(self.writable, memoryview(data)[written:])
 
-    def receive(self, limit=MAX_BYTES):
-        """Returns the next value; raises `EOFError` when the other side is gone, `ValueError` for a bad frame."""
+    def receive(self, limit: int = MAX_BYTES) -> Any:
+        """Return the next value; raise `EOFError` when the other end is closed, `ValueError` for a bad frame."""
         return decode(self.receive_bytes(limit))
 
-    def receive_bytes(self, limit=MAX_BYTES):
+    def receive_bytes(self, limit: int = MAX_BYTES) -> bytes:
+        """Return the payload of the next frame; raise as `receive` does."""
         pending = self._pending
         while len(pending) < 4:
             pending += self._read(65536)
@@ -256,9 +261,10 @@ class Channel:
         except OSError:  # reset, or silent for longer than the socket's time limit
             data = b""
         if not data:
-            raise EOFError("the other side closed the channel")
+            raise EOFError("the other end of the channel is closed")
         return data
 
-    def close(self):
+    def close(self) -> None:
+        """Close the descriptors."""
         for descriptor in {self.readable, self.writable}:
             os.close(descriptor)

@@ -62,7 +62,7 @@ def test_tests_and_setup_may_define_dataclasses(sandbox, inline):
 @pytest.mark.parametrize("tests", ["", "def test_f():\n    assert f(3) == 5", "assert callable(candidate)"])
 def test_tests_that_never_call_the_solution_pass_nothing(sandbox, tests):
     (verdict,) = sandbox.run([Program(GOOD.solution, tests, "f")])
-    assert (verdict.status, verdict.detail) == ("error", "the tests came to their end without a call of f")
+    assert (verdict.status, verdict.detail) == ("error", "the tests never call f")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_thread_that_tests_leave_is_gone_for_the_next_program():
         assert statuses(sandbox, *programs * 3) == ["passed"] * 6
 
 
-def test_tests_interrupted_within_an_import_spoil_no_later_program():
+def test_tests_interrupted_within_an_import_do_not_affect_later_programs():
     tests = "import numpy as np\nassert np.allclose(f(3), 4)"
     busy = """
 import hashlib, threading, time
