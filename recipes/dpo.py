@@ -1,15 +1,15 @@
 """
 Stage 3b, DPO: prefer the short program that passes to the long one that fails, both from the policy's own samples.
 
-TRL's `DPOTrainer` on the pairs of `preferences.py`, from the SFT adapter. The reference is the SFT policy itself: for a
-policy that is an adapter already, TRL keeps a frozen copy of it under the name "ref".
+TRL's `DPOTrainer` on the pairs of `preferences.py`, from the SFT adapter. The reference is the SFT policy itself: TRL
+keeps a frozen copy of its adapter under the name "ref".
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/dpo.py \
         --config recipes/qwen2.5-coder-0.5b/dpo.yaml
 
-TRL would tokenize prompt and completion as one text, where tokens can merge, and end every completion in EOS, also one
-that was cut off. Here the pairs' own token ids are trained on, exactly as the policy emitted them. Not covered:
-training without an adapter, and pairs without token ids, for which `trl dpo` is the tool.
+TRL would tokenize prompt and completion as one text, where tokens can merge, and would append EOS to every completion,
+even to one that was cut off. Here the token ids that the policy emitted are trained on as they are. Not covered:
+training without an adapter, and pairs without token ids (use `trl dpo`).
 """
 
 import hashlib
@@ -17,34 +17,39 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import TaskArguments, check_policy, load_policy, load_stage_tasks, load_tokenizer, parse_settings
 from datasets import Dataset
-from run_directory import RunDirectory
-from sampling import adapter_sha256
+
+from recipes.common.arguments import TaskArguments, load_stage_tasks, parse_settings
+from recipes.common.policy import adapter_sha256, check_policy, load_policy, load_tokenizer
+from recipes.common.run_directory import RunDirectory
+
+# isort: split
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trainers import CompleteCheckpoints, keep_adapter_in_fp32, use_fast_log_probs
+from trainers.progress import print_progress_lines
 
 COLUMNS = {"task_id": str, "prompt": str, "chosen": str, "rejected": str, "chosen_ids": list, "rejected_ids": list}
 
 
 @dataclass
 class PairArguments(TaskArguments):
-    """
-    What DPO adds: where its policy and its pairs come from.
-
-    Args:
-        adapter_name_or_path (`str`):
-            Directory of the adapter to continue from, which is the reference too, usually the SFT stage's.
-        preferences (`str`, *optional*, defaults to `"runs/preferences"`):
-            The output directory of the stage `preferences`, or a JSONL file with the columns of its `pairs.jsonl`.
-    """
+    """What DPO adds: the adapter it starts from, and the pairs it trains on."""
 
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Directory of the adapter to continue from, which is the reference too."}
+        default=None,
+        metadata={
+            "help": "Directory of the adapter to continue from, usually the SFT stage's. It is the reference too. "
+            "Required."
+        },
     )
     preferences: str = field(
-        default="runs/preferences", metadata={"help": "Output directory of the stage `preferences`, or a JSONL file."}
+        default="runs/preferences",
+        metadata={
+            "help": "Output directory of the stage `preferences`, or a JSONL file with the columns of its "
+            "`pairs.jsonl`."
+        },
     )
 
     def __post_init__(self):
@@ -53,7 +58,7 @@ class PairArguments(TaskArguments):
 
 
 class PairTrainer(CompleteCheckpoints, DPOTrainer):
-    """[`~trl.DPOTrainer`] on token ids as they are: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+    """Train [`~trl.DPOTrainer`] on token ids as they are: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
@@ -61,7 +66,7 @@ class PairTrainer(CompleteCheckpoints, DPOTrainer):
 
 def load_pairs(preferences: str, tasks: Dataset) -> list[dict]:
     """
-    Preference pairs, each checked against its task.
+    Read preference pairs, and check each against its task.
 
     Args:
         preferences (`str`):
@@ -105,9 +110,9 @@ def load_pairs(preferences: str, tasks: Dataset) -> list[dict]:
     return pairs
 
 
-def pair_dataset(pairs: list[dict], tokenizer, max_length: int | None) -> Dataset:
+def pair_dataset(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
     """
-    What the trainer reads.
+    Tokenize the pairs' prompts, and check the token ids of their completions.
 
     Args:
         pairs (`list[dict]`):
@@ -115,7 +120,7 @@ def pair_dataset(pairs: list[dict], tokenizer, max_length: int | None) -> Datase
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's tokenizer.
         max_length (`int`, *optional*):
-            Most tokens that prompt and completion may have together.
+            Largest number of tokens of prompt and completion together.
 
     Returns:
         [`~datasets.Dataset`] with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -142,9 +147,9 @@ def pair_dataset(pairs: list[dict], tokenizer, max_length: int | None) -> Datase
     return Dataset.from_list(rows)
 
 
-def main():
+def main() -> None:
     stage, args, model_args, settings = parse_settings(PairArguments, DPOConfig, ModelConfig)
-    check_policy(model_args, stage.adapter_name_or_path, generates=False)
+    check_policy(model_args, stage.adapter_name_or_path)
     pairs = load_pairs(stage.preferences, load_stage_tasks(stage.dataset_name, stage.dataset_train_split))
     settings["adapter_sha256"] = adapter_sha256(stage.adapter_name_or_path)
     settings["pairs_sha256"] = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -155,17 +160,17 @@ def main():
     train_dataset = pair_dataset(pairs, tokenizer, args.max_length)
 
     checkpoint = run.start()
-    model = load_policy(model_args, stage.adapter_name_or_path)
+    model = load_policy(model_args, args.device, stage.adapter_name_or_path)
     adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = PairTrainer(model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
     keep_adapter_in_fp32(trainer.model, adapter)
-    # On two cores a step of two pairs (1,981 tokens) takes 10 s and 5.7 GB with this head, 28 s and 9.0 GB with TRL's.
-    # WPO's weights need more than it returns.
-    if not args.use_weighting:
-        use_fast_log_probs(trainer.model, args.device)
+    # On two cores a step of two pairs (1,981 tokens) takes 10 s and 5.7 GB with it, 28 s and 9.0 GB without
+    if not args.use_weighting:  # WPO's weights need more than it returns
+        use_fast_log_probs(model, args.device)
+    print_progress_lines(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.delete_adapter("ref")  # or it would be saved beside the trained one
-    trainer.save_state()  # before the adapter: who finds that finds the log too
+    trainer.model.delete_adapter("ref")  # it would be saved beside the trained one otherwise
+    trainer.save_state()  # before the adapter: where there is an adapter there is its log
     trainer.save_model()
     run.finish()
 

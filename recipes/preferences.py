@@ -1,9 +1,9 @@
 """
-Stage 3a, preferences: sample a policy on the training tasks, grade what it wrote, and form preference pairs for DPO.
+Stage 3a, preferences: sample a policy on the training tasks, grade the samples, and form preference pairs for DPO.
 
-Every task is completed `num_generations` times and every completion graded in the sandbox by the reward. A pair is two
-completions of one task, the better one `chosen`. The published rule takes the shortest that passes and the longest
-that fails; tasks on which the policy always passes or always fails give no pair then.
+Every task is completed `num_generations` times and every completion is graded by the reward. A pair is two completions
+of one task, the better one `chosen`. The published rule takes the shortest that passes and the longest that fails:
+tasks on which the policy always passes or always fails give no pair.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/preferences.py \
         --config recipes/qwen2.5-coder-0.5b/preferences.yaml
@@ -15,9 +15,9 @@ Writes to OUTPUT_DIR:
     dataset/        the same pairs for `datasets.load_from_disk`
     summary.json    how many tasks gave how many pairs, and why the others gave none
 
-A run that was stopped goes on with the task chunk it had not finished, and samples what it would have sampled. Texts
-stand without the EOS token, token ids end in it; a completion that was cut off at the length limit has none, and DPO
-(`dpo.py`) adds none: the policy never emitted it. Not covered: several processes.
+An interrupted run resumes with the first unfinished chunk of tasks, and samples what it would have sampled. Texts have
+no EOS token, token ids end in it. A completion that was cut off at the length limit has none, and `dpo.py` adds none:
+the policy never emitted it. Not covered: several processes.
 """
 
 import json
@@ -29,77 +29,74 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from common import (
-    TaskArguments,
-    check_policy,
-    check_timeout,
-    load_policy,
-    load_stage_tasks,
-    load_tokenizer,
-    parse_settings,
-    refuse_several_processes,
-)
 from datasets import Dataset
-from run_directory import RunDirectory, write_whole
-from sampling import adapter_sha256, complete
 from tqdm import tqdm
 from transformers import set_seed
 from trl import ModelConfig
 
+from recipes.common.arguments import (
+    TaskArguments,
+    check_length_penalty,
+    check_sampling,
+    check_timeout,
+    load_stage_tasks,
+    parse_settings,
+    refuse_several_processes,
+)
+from recipes.common.policy import adapter_sha256, check_policy
+from recipes.common.run_directory import RunDirectory, write_whole
+from recipes.common.sampling import complete, load_sampler
 from rewards import UnitTestReward
 from sandbox import Sandbox
+from trainers import run_device
 
 PAIR_RULES = ("shortest_pass_longest_fail", "all_pairs", "reward_margin")
 
 
 @dataclass
 class PreferencesArguments(TaskArguments):
-    """
-    What is sampled and how it is paired.
+    """What is sampled and how it is paired."""
 
-    Args:
-        adapter_name_or_path (`str`, *optional*):
-            Directory of the policy's adapter, usually the SFT stage's. If `None`, the base is sampled.
-        output_dir (`str`, *optional*, defaults to `"runs/preferences"`):
-            Where samples and pairs go.
-        num_generations (`int`, *optional*, defaults to `8`):
-            Completions a task.
-        temperature (`float`, *optional*, defaults to `0.8`):
-            Divides the logits.
-        top_p (`float`, *optional*, defaults to `0.95`):
-            Mass of the nucleus, in (0, 1].
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Most tokens a completion may have.
-        per_device_eval_batch_size (`int`, *optional*, defaults to `64`):
-            Completions decoded at a time; as many tasks as fill it are sampled, graded and saved together.
-        length_penalty (`float`, *optional*, defaults to `0.01`):
-            Price of 100 generated tokens in the reward, at least 0.
-        sandbox_timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds a program may take.
-        pair_rule (`str`, *optional*, defaults to `"shortest_pass_longest_fail"`):
-            `"shortest_pass_longest_fail"` forms one pair a task, `"all_pairs"` pairs every passing completion with
-            every failing one, `"reward_margin"` any two whose rewards differ enough, so that of two passing
-            completions the shorter one is preferred.
-        max_pairs_per_task (`int`, *optional*, defaults to `8`):
-            Cap of the latter two rules; the pairs that differ most are kept.
-        min_reward_margin (`float`, *optional*, defaults to `0.05`):
-            What `"reward_margin"` calls enough.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the samples.
-    """
-
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "Directory of the policy's adapter."})
-    output_dir: str = field(default="runs/preferences", metadata={"help": "Where samples and pairs go."})
-    num_generations: int = field(default=8, metadata={"help": "Completions a task."})
-    temperature: float = field(default=0.8, metadata={"help": "Divides the logits."})
-    top_p: float = field(default=0.95, metadata={"help": "Mass of the nucleus, in (0, 1]."})
-    max_completion_length: int = field(default=256, metadata={"help": "Most tokens a completion may have."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Completions decoded at a time."})
-    length_penalty: float = field(default=0.01, metadata={"help": "Price of 100 generated tokens, at least 0."})
-    sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds a program may take."})
-    pair_rule: str = field(default=PAIR_RULES[0], metadata={"help": f"How pairs are formed: {', '.join(PAIR_RULES)}."})
-    max_pairs_per_task: int = field(default=8, metadata={"help": "Cap of all_pairs and reward_margin."})
-    min_reward_margin: float = field(default=0.05, metadata={"help": "Least difference of rewards in reward_margin."})
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of the policy's adapter, usually the SFT stage's. If not set, the base is sampled."
+        },
+    )
+    output_dir: str = field(default="runs/preferences", metadata={"help": "Directory for samples and pairs."})
+    num_generations: int = field(default=8, metadata={"help": "Completions per task, at least 2."})
+    temperature: float = field(default=0.8, metadata={"help": "What the logits are divided by, above 0."})
+    top_p: float = field(default=0.95, metadata={"help": "Probability mass to sample from, in (0, 1]."})
+    max_completion_length: int = field(default=256, metadata={"help": "Largest number of tokens of a completion."})
+    per_device_eval_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Completions that are decoded at a time. As many tasks as fill it are sampled, graded and saved "
+            "together."
+        },
+    )
+    length_penalty: float = field(
+        default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
+    )
+    sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
+    pair_rule: str = field(
+        default=PAIR_RULES[0],
+        metadata={
+            "help": "How pairs are formed. `shortest_pass_longest_fail` forms one pair per task. `all_pairs` pairs "
+            "every passing completion with every failing one. `reward_margin` pairs any two whose rewards differ by "
+            "min_reward_margin, so that of two passing completions the shorter one is preferred.",
+            "choices": list(PAIR_RULES),
+        },
+    )
+    max_pairs_per_task: int = field(
+        default=8,
+        metadata={
+            "help": "Largest number of pairs per task (all_pairs, reward_margin). Those that differ most are kept."
+        },
+    )
+    min_reward_margin: float = field(
+        default=0.05, metadata={"help": "Smallest difference of two rewards (reward_margin), above 0."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the samples."})
 
     def __post_init__(self):
@@ -107,29 +104,26 @@ class PreferencesArguments(TaskArguments):
             raise ValueError(f"pair_rule is {self.pair_rule!r}: write one of {', '.join(map(repr, PAIR_RULES))}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations is {self.num_generations}: a pair needs 2 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: write a number above 0 and at most 1")
-        if self.length_penalty < 0:
-            raise ValueError(f"length_penalty is {self.length_penalty}: write 0 or more, it is subtracted")
+        check_sampling(self)
+        check_length_penalty(self.length_penalty)
         check_timeout(self.sandbox_timeout)
         for name in ("temperature", "min_reward_margin"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: write a number above 0")
-        for name in ("max_completion_length", "per_device_eval_batch_size", "max_pairs_per_task"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: write 1 or more")
+        if self.max_pairs_per_task < 1:
+            raise ValueError(f"max_pairs_per_task is {self.max_pairs_per_task}: write 1 or more")
 
     @property
     def tasks_per_chunk(self) -> int:
-        """Tasks that are sampled together."""
+        """Number of tasks that are sampled together."""
         return max(1, self.per_device_eval_batch_size // self.num_generations)
 
 
-def main():
+def main() -> None:
     args, model_args, settings = parse_settings(PreferencesArguments, ModelConfig)
     refuse_several_processes("preferences")
     tasks = load_stage_tasks(args.dataset_name, args.dataset_train_split)
-    check_policy(model_args, args.adapter_name_or_path)
+    check_policy(model_args, args.adapter_name_or_path, generates_on=run_device())
     if args.adapter_name_or_path:
         settings["adapter_sha256"] = adapter_sha256(args.adapter_name_or_path)
     run = RunDirectory(args.output_dir, "preferences", settings, result="pairs.jsonl")
@@ -138,13 +132,13 @@ def main():
 
     run.start()
     samples = sample_policy(run.path / "samples.jsonl", tasks, args, model_args)
-    pairs, summary = form_pairs(samples, tasks, args)
+    pairs, summary = form_pairs(samples, tasks.to_list(), args)
     write_whole(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not pairs:
         raise SystemExit(
             f"no pair could be formed: of {len(tasks)} tasks the policy always passes {summary['always_pass']} and "
-            f"always fails {summary['always_fail']}. Sample more (num_generations), hotter (temperature), or with the "
-            "pair_rule 'reward_margin', which also pairs two that pass"
+            f"always fails {summary['always_fail']}. Raise num_generations or temperature, or set pair_rule to "
+            "'reward_margin', which also pairs two passing completions"
         )
     write_whole(run.path / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     draft = run.path / "dataset.draft"
@@ -155,19 +149,19 @@ def main():
     print(json.dumps(summary, indent=2))
 
 
-def sample_policy(path: Path, tasks, args: PreferencesArguments, model_args: ModelConfig) -> list[dict]:
+def sample_policy(path: Path, tasks: Dataset, args: PreferencesArguments, model_args: ModelConfig) -> list[dict]:
     """
-    Complete and grade every task, chunk by chunk, each chunk from a seed of its own.
+    Complete and grade every task, chunk by chunk, each chunk with its own seed.
 
     Args:
         path (`Path`):
-            Where the samples are kept; those of the chunks that it holds already are not sampled again.
+            File of the samples. Chunks that it holds already are not sampled again.
         tasks ([`~datasets.Dataset`]):
             The tasks.
         args ([`PreferencesArguments`]):
             How to sample.
         model_args ([`~trl.ModelConfig`]):
-            A base that went through [`check_policy`](common.py); loaded only if something is left to sample.
+            A base that passed [`check_policy`](common/policy.py); loaded only if something is left to sample.
 
     Returns:
         `list[dict]`: `task_id`, `completion`, `completion_ids`, `completion_tokens`, `verdict`, `passed` and `reward`
@@ -180,7 +174,7 @@ def sample_policy(path: Path, tasks, args: PreferencesArguments, model_args: Mod
         raise SystemExit(f"{path} holds samples of other tasks: choose another output_dir, or remove that file")
     if num_chunks == len(chunks):
         return samples
-    model, tokenizer = load_policy(model_args, args.adapter_name_or_path), load_tokenizer(model_args)
+    model, tokenizer = load_sampler(model_args, args.adapter_name_or_path)
     with (
         Sandbox(timeout=args.sandbox_timeout) as sandbox,
         tqdm(total=len(tasks) * args.num_generations, initial=len(samples), unit="completion") as bar,
@@ -190,7 +184,7 @@ def sample_policy(path: Path, tasks, args: PreferencesArguments, model_args: Mod
             set_seed(random.Random(f"{args.seed} {number}").getrandbits(32))
             batch = tasks.select(chunks[number])
             new = complete(model, tokenizer, batch, args, bar)
-            _grade(new, batch, reward)
+            _grade(new, batch.to_list(), reward)
             with path.open("a") as file:
                 file.write("".join(json.dumps(sample) + "\n" for sample in new))
                 file.flush()
@@ -199,13 +193,13 @@ def sample_policy(path: Path, tasks, args: PreferencesArguments, model_args: Mod
             bar.set_postfix(
                 tasks=f"{chunks[number].stop}/{len(tasks)}",
                 pass_rate=f"{sum(sample['passed'] for sample in samples) / len(samples):.2f}",
-                pairs=len(form_pairs(samples, tasks.select(range(chunks[number].stop)), args)[0]),
+                pairs=len(form_pairs(samples, tasks.select(range(chunks[number].stop)).to_list(), args)[0]),
             )
     return samples
 
 
 def _read_chunks(path: Path, sizes: list[int]) -> tuple[list[dict], int]:
-    """The samples of the chunks that the file holds whole, and their number; what follows them is cut off."""
+    """Return the samples of the complete chunks and the number of those; truncate the file behind them."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
@@ -218,7 +212,7 @@ def _read_chunks(path: Path, sizes: list[int]) -> tuple[list[dict], int]:
     return [json.loads(line) for line in lines[:num_lines]], num_chunks
 
 
-def _grade(samples: list[dict], tasks, reward: UnitTestReward) -> None:
+def _grade(samples: list[dict], tasks: list[dict], reward: UnitTestReward) -> None:
     """Add `completion_tokens`, `verdict`, `passed` and `reward` to every sample."""
     by_id = {task["task_id"]: task for task in tasks}
     columns = {name: [by_id[sample["task_id"]][name] for sample in samples] for name in ("test", "entry_point")}
@@ -239,14 +233,14 @@ def _grade(samples: list[dict], tasks, reward: UnitTestReward) -> None:
         }
 
 
-def form_pairs(samples: list[dict], tasks, args: PreferencesArguments) -> tuple[list[dict], dict]:
+def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArguments) -> tuple[list[dict], dict]:
     """
-    The preference pairs of all tasks.
+    Form the preference pairs of all tasks.
 
     Args:
         samples (`list[dict]`):
             Graded samples, those of a task side by side.
-        tasks ([`~datasets.Dataset`]):
+        tasks (`list[dict]`):
             Their tasks, in order.
         args ([`PreferencesArguments`]):
             `num_generations` and how to pair.
@@ -298,7 +292,7 @@ def form_pairs(samples: list[dict], tasks, args: PreferencesArguments) -> tuple[
 
 
 def _pair(samples: list[dict], args: PreferencesArguments) -> list[tuple[dict, dict]]:
-    """The pairs (chosen, rejected) of one task, those that differ most first."""
+    """Return the pairs (chosen, rejected) of one task, those that differ most first."""
     if args.pair_rule == "reward_margin":
         # Rewards that differ by the margin itself do so up to rounding
         margin = args.min_reward_margin - 1e-9

@@ -1,13 +1,13 @@
 """
-Report: what the evaluated runs did, as one page that a person would read and that needs nothing but itself.
+Report: the evaluated runs as one self-contained page.
 
     python recipes/report.py results/
 
-Reads `results/ROW/` as `evaluate.py` writes it, one folder a run: `metrics.json` and `per_task.jsonl` of a greedy
-evaluation, and where they are there `sampled/`, an evaluation of several samples a task, and `training.jsonl`. Writes
-`results/report.html` and its pictures as `results/pictures/*.png`, light and dark. The page has no script and fetches
-nothing. Completions are hostile text: the template escapes everything, control and direction characters are made
-visible, and the page forbids itself scripts in case of an error here.
+Reads `results/ROW/` as `evaluate.py` writes it, one directory per run: `metrics.json` and `per_task.jsonl` of a greedy
+evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Writes
+`results/report.html` and its figures as `results/pictures/*.png`, light and dark. The page has no script and fetches
+nothing. Completions are untrusted text: the template escapes everything, control and direction characters are made
+visible, and the page's content security policy forbids scripts.
 
 Not covered: the texts of the sampled completions, which stay in `sampled/per_task.jsonl`.
 """
@@ -22,14 +22,14 @@ from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
-from intervals import mcnemar_p
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pictures import draw_plane, draw_training
-from run_directory import write_whole
 
+from recipes.common.intervals import mcnemar_p
+from recipes.common.pictures import draw_plane, draw_training
+from recipes.common.run_directory import write_whole
 from rewards import load_tasks
 
-# The published table: tasks passed of the same 33, mean tokens; its base is another, larger one
+# The published table: tasks passed of the same 33, and mean tokens. Its base is another, larger one.
 PUBLISHED_BASE = "DeepSeek-Coder-1.3B"
 PUBLISHED = {
     "base": (5, 177.3),
@@ -42,7 +42,7 @@ PUBLISHED = {
     "ppo_alpha0.03_bs8": (15, 92.9),
     "dpo": (15, 125.8),
 }
-OUTCOMES = {  # of a completion: its mark in the grid and what it says
+OUTCOMES = {  # of a completion: its mark in the grid and its meaning
     "passed": ("✓", "passed"),
     "truncated": ("◐", "passes only when cut where the function ends"),
     "failed": ("✗", "a test failed"),
@@ -51,14 +51,14 @@ OUTCOMES = {  # of a completion: its mark in the grid and what it says
     "out_of_memory": ("M", "out of memory"),
     "crashed": ("C", "its process died"),
 }
-# Control characters, and those that reorder text so that it reads as other code than it is
+# Control characters, and those that reorder text so that code reads differently from what it does
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass
 class Run:
     """
-    One row: an evaluated policy.
+    An evaluated policy, one row of the table.
 
     Args:
         name (`str`):
@@ -66,9 +66,9 @@ class Run:
         metrics (`dict`):
             Its `metrics.json`.
         samples (`dict[str, dict]`):
-            Its graded completion of each task id.
+            Its graded completions by task id.
         sampled (`dict`, *optional*):
-            `metrics.json` of several samples a task.
+            `metrics.json` of an evaluation with several samples per task.
         training (`list[dict]`):
             The log of its training.
     """
@@ -92,11 +92,11 @@ class Run:
 
 def read_runs(results: Path) -> list[Run]:
     """
-    The runs of a results folder, in the order of the published table, others after those, seeds after their run.
+    Read a results directory's runs: in the order of the published table, then others, each before its other seeds.
 
     Args:
         results (`Path`):
-            The folder.
+            The directory.
 
     Returns:
         `list[Run]`
@@ -110,7 +110,7 @@ def read_runs(results: Path) -> list[Run]:
         metrics, samples = _read_json(path), _read_lines(folder / "per_task.jsonl")
         is_greedy = metrics["settings"]["temperature"] == 0
         if not is_greedy or len({sample["task_id"] for sample in samples}) != len(samples):
-            raise SystemExit(f"{folder} holds samples: put them into {folder}/sampled, here goes a greedy run")
+            raise SystemExit(f"{folder} holds samples: move them to {folder}/sampled, a greedy run belongs here")
         sampled, training = folder / "sampled" / "metrics.json", folder / "training.jsonl"
         runs.append(
             Run(
@@ -147,7 +147,7 @@ def _read_lines(path: Path) -> list[dict]:
 
 def compare_pairs(runs: list[Run]) -> dict[tuple[str, str], dict]:
     """
-    Every two runs on the tasks that both were evaluated on.
+    Compare every two runs on the tasks that both were evaluated on.
 
     Args:
         runs (`list[Run]`):
@@ -155,7 +155,7 @@ def compare_pairs(runs: list[Run]) -> dict[tuple[str, str], dict]:
 
     Returns:
         `dict`: For each pair of names `only_first` and `only_second`, the numbers of tasks that only one of them
-        passes, and `p` ([`~intervals.mcnemar_p`]).
+        passes, and `p` ([`mcnemar_p`](common/intervals.py)).
     """
     pairs = {}
     for first, second in combinations(runs, 2):
@@ -172,7 +172,7 @@ def compare_pairs(runs: list[Run]) -> dict[tuple[str, str], dict]:
 
 def outcome(sample: dict) -> str:
     """
-    What the grid shows of a completion.
+    Return what the grid shows of a completion.
 
     Args:
         sample (`dict`):
@@ -186,7 +186,7 @@ def outcome(sample: dict) -> str:
 
 def visible(text: str) -> str:
     """
-    A hostile text with what a page would hide written out.
+    Escape what a page would hide.
 
     Args:
         text (`str`):
@@ -200,17 +200,17 @@ def visible(text: str) -> str:
 
 def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
     """
-    What changed from one completion to another.
+    Return what changed from one completion to another.
 
     Args:
         old (`str`):
-            The one.
+            The first completion.
         new (`str`):
-            The other.
+            The second completion.
 
     Returns:
-        `list[tuple[str, str]]`: Lines of a unified diff without its two header lines, each after its kind: `"add"`,
-        `"del"`, `"hunk"` or `"same"`. Empty if the texts are equal.
+        `list[tuple[str, str]]`: Kind and text of each line of a unified diff without its two header lines. Kinds are
+        `"add"`, `"del"`, `"hunk"` or `"same"`. Empty if the texts are equal.
     """
     kinds = {"+": "add", "-": "del", "@": "hunk"}
     lines = list(difflib.unified_diff(old.split("\n"), new.split("\n"), lineterm=""))[2:]
@@ -219,14 +219,14 @@ def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
 
 def read_prompts(runs: list[Run]) -> dict[str, str]:
     """
-    The prompts that the completions continue.
+    Return the prompts that the completions continue.
 
     Args:
         runs (`list[Run]`):
             The runs.
 
     Returns:
-        `dict[str, str]`: Prompt of each task id; without those of task files that are no longer where they were.
+        `dict[str, str]`: Prompts by task id, without those of task files that no longer exist.
     """
     prompts = {}
     for source in {run.metrics["settings"]["dataset_name"] for run in runs}:
@@ -241,7 +241,7 @@ def read_prompts(runs: list[Run]) -> dict[str, str]:
 
 def repeated_seeds(runs: list[Run]) -> list[dict]:
     """
-    How much a run's numbers vary from seed to seed.
+    Return how much a run's numbers vary from seed to seed.
 
     Args:
         runs (`list[Run]`):
@@ -267,16 +267,16 @@ def repeated_seeds(runs: list[Run]) -> list[dict]:
 
 def draw_pictures(runs: list[Run], folder: Path) -> dict[str, tuple[str, str]]:
     """
-    Draw all pictures, each light and dark.
+    Draw all figures, each light and dark.
 
     Args:
         runs (`list[Run]`):
             The runs.
         folder (`Path`):
-            Where the PNGs go.
+            Directory for the PNG files.
 
     Returns:
-        `dict[str, tuple[str, str]]`: Data URIs of the light and the dark picture: `"plane"`, and the runs' names.
+        `dict[str, tuple[str, str]]`: Data URIs of the light and the dark figure, by run and for `"plane"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
@@ -292,7 +292,7 @@ def draw_pictures(runs: list[Run], folder: Path) -> dict[str, tuple[str, str]]:
 
 def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
     """
-    The page.
+    Render the page.
 
     Args:
         runs (`list[Run]`):
@@ -304,12 +304,12 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
         `str`: HTML.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "common"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # every text that is put in
+        finalize=lambda value: visible(value) if type(value) is str else value,  # every text that is inserted
     )
     pairs = compare_pairs(runs)
     task_ids = sorted({task for run in runs for task in run.samples}, key=_by_number)
@@ -339,7 +339,7 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
 
 def _sampling(settings: dict) -> str:
     top_p = f", top_p {settings['top_p']}" if settings["top_p"] < 1 else ""
-    return f"{settings['num_generations']} samples a task at temperature {settings['temperature']}{top_p}"
+    return f"{settings['num_generations']} samples per task at temperature {settings['temperature']}{top_p}"
 
 
 def _by_number(task_id: str) -> tuple[str, int]:

@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
+from recipes import dpo
+from recipes.dpo import PairTrainer, pair_dataset
 
-import dpo  # noqa: E402
-from dpo import PairTrainer, pair_dataset  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 TASKS = Dataset.from_list(
     [

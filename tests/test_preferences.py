@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
+from trl import ModelConfig
+
+from recipes import preferences
+from recipes.common.arguments import parse_settings
+from recipes.preferences import PreferencesArguments, form_pairs
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import preferences  # noqa: E402
-from common import parse_settings  # noqa: E402
-from preferences import PreferencesArguments, form_pairs  # noqa: E402
-from trl import ModelConfig  # noqa: E402
 
 
 def sample(text, passed, tokens, penalty=0.01):
@@ -31,7 +30,7 @@ MIXED = [sample("a", True, 30), sample("b", False, 20), sample("c", True, 10), s
 MIXED += [sample("c", True, 12), sample("e", False, 50)]
 PASSING = [sample(text, True, tokens) for text, tokens in [("p", 100), ("q", 200), ("p", 100)] + 3 * [("r", 150)]]
 FAILING = [sample("s", False, 40)] * 6
-TASKS = Dataset.from_list([{"task_id": name, "prompt": f"def {name}"} for name in ("mixed", "passing", "failing")])
+TASKS = [{"task_id": name, "prompt": f"def {name}"} for name in ("mixed", "passing", "failing")]
 
 
 def paired(rule, **fields):

@@ -1,7 +1,6 @@
 """Recipe files and command lines: what every recipe sets, what a run records of it, and what is refused."""
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,18 +8,16 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from recipes.common.arguments import TaskArguments, parse_settings
+from recipes.common.policy_gradient import RLArguments
+from recipes.common.provenance import training_commands
+from recipes.common.run_directory import RunDirectory
+from recipes.dpo import PairArguments
+from recipes.evaluate import EvaluateArguments
+from recipes.preferences import PreferencesArguments
+from trainers import PPOClipConfig, ReinforceConfig
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from common import TaskArguments, parse_settings  # noqa: E402
-from dpo import PairArguments  # noqa: E402
-from evaluate import EvaluateArguments  # noqa: E402
-from policy_gradient import RLArguments  # noqa: E402
-from preferences import PreferencesArguments  # noqa: E402
-from provenance import training_commands  # noqa: E402
-from run_directory import RunDirectory  # noqa: E402
-
-from trainers import PPOClipConfig, ReinforceConfig  # noqa: E402
 
 STAGES = {
     "sft": (TaskArguments, SFTConfig, ModelConfig),

@@ -1,20 +1,18 @@
 """The report: its statistics to the digit, and a page that stays whole and inert whatever a completion says."""
 
 import json
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
+from recipes import report
+from recipes.common.intervals import bootstrap_interval, mcnemar_p
+from recipes.common.pictures import _spread
+from recipes.common.provenance import machine
+from recipes.evaluate import summarize
 
-import report  # noqa: E402
-from evaluate import summarize  # noqa: E402
-from intervals import bootstrap_interval, mcnemar_p  # noqa: E402
-from pictures import _spread  # noqa: E402
-from provenance import machine  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 HOSTILE = "    return 1</code></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'{{ 7*7 }}"
 HOSTILE += "\x1b[31m\u202e\ud800\n"
@@ -120,7 +118,7 @@ def test_optional_files_may_be_missing(tmp_path):
     (tmp_path / "sft" / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     (tmp_path / "odd" / "training.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "train_runtime": 3.0}\n')
     _, page = make_report(tmp_path)
-    assert "62.5" in page.text and "10 samples a task at temperature 0.2" in page.text
+    assert "62.5" in page.text and "10 samples per task at temperature 0.2" in page.text
     assert "sft with 2 seeds: 2, 3 passed" in page.text.replace("\n", " ")
     assert "Its training took 3 s from its last start." in page.text
     assert "dots a greedy evaluation during training" in page.text
@@ -164,13 +162,13 @@ def test_bad_results_are_refused(tmp_path):
     write_run(tmp_path / "sft", ["a", "b"], [True, True])
     lines = (tmp_path / "sft" / "per_task.jsonl").read_text()
     (tmp_path / "sft" / "per_task.jsonl").write_text(lines + lines)
-    with pytest.raises(SystemExit, match="holds samples: put them into .*sft/sampled"):
+    with pytest.raises(SystemExit, match="holds samples: move them to .*sft/sampled"):
         report.read_runs(tmp_path)
     metrics = json.loads((tmp_path / "sft" / "metrics.json").read_text())
     warm = metrics | {"settings": metrics["settings"] | {"temperature": 0.2}}
     (tmp_path / "sft" / "metrics.json").write_text(json.dumps(warm))
     (tmp_path / "sft" / "per_task.jsonl").write_text(lines)
-    with pytest.raises(SystemExit, match="holds samples: put them into .*sft/sampled"):
+    with pytest.raises(SystemExit, match="holds samples: move them to .*sft/sampled"):
         report.read_runs(tmp_path)
     (tmp_path / "sft" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "sft" / "per_task.jsonl").write_text(lines[:-20])

@@ -5,18 +5,15 @@ Not covered: `passed_plus`, whose tests a user brings; its rate is computed agai
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from recipes.evaluate import grade, summarize
 from rewards import load_tasks, task_program, truncate_completion
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from evaluate import grade, summarize  # noqa: E402
 
 CUT_OFF = {"timeout", "out_of_memory", "crashed"}  # which limit ends a program first depends on the machine
 
@@ -80,7 +77,7 @@ def test_a_row_that_says_otherwise_is_found(tmp_path):
     samples = [
         {"task_id": tasks[i]["task_id"], "completion": text, "completion_tokens": len(text)} for i, text in texts
     ]
-    grade(samples, tasks, timeout=1)
+    grade(samples, tasks.to_list(), timeout=1)
     assert [sample["verdict"] for sample in samples] == ["passed", "error", "timeout", "failed"]
     write_row(tmp_path / "right" / "sampled", samples, 2, 2)
     assert disagreements(tmp_path) == []

@@ -1,8 +1,8 @@
 """
-Where an evaluation's numbers come from: the commands that make them again, the machine, and the log of the training.
+Record where an evaluation's numbers come from: the commands that reproduce them, the machine, and the training log.
 
-Covered is what the stages leave beside their output: the settings in `run.json`, the log in `trainer_state.json`.
-Not covered: adapters that were trained elsewhere, of which only the evaluation itself is known.
+Reads what the stages leave beside their output: the fields in `run.json`, the log in `trainer_state.json`. Not covered:
+adapters that were trained elsewhere.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# What a report needs of a trainer's log; `eval_` before a name is the same, of the evaluation during training
+# What the report needs of a trainer's log. Names that begin with `eval_` are those of the evaluation during training.
 LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "clip_ratio/region_mean")
 LOGGED += ("rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 LOGGED += ("step_time", "train_runtime")
@@ -21,15 +21,15 @@ LOGGED += ("step_time", "train_runtime")
 
 def training_log(adapter: str) -> list[dict]:
     """
-    The log of the training that an adapter comes from.
+    Return the log of an adapter's training.
 
     Args:
         adapter (`str`):
             Directory of the adapter.
 
     Returns:
-        `list[dict]`: For each entry that the trainer logged its `step` and those of [`LOGGED`] that it holds, to six
-        digits; empty if the directory has no `trainer_state.json`.
+        `list[dict]`: The `step` of each entry and its values of [`LOGGED`], to six digits. Empty if the directory has
+        no `trainer_state.json`.
     """
     path = Path(adapter) / "trainer_state.json"
     if not path.is_file():
@@ -43,14 +43,14 @@ def training_log(adapter: str) -> list[dict]:
 
 def training_commands(folder: str | None) -> list[str]:
     """
-    The commands that make a stage's output again, those of the stages it builds on first.
+    Return the commands that reproduce a stage's output, beginning with the stages it builds on.
 
     Args:
         folder (`str`, *optional*):
             The output directory of a stage.
 
     Returns:
-        `list[str]`: One command a stage, every field that was set written out; empty where no `run.json` tells.
+        `list[str]`: One command per stage with every field that was set. Empty where there is no `run.json`.
     """
     path = Path(folder or "") / "run.json"
     if folder is None or not path.is_file():
@@ -62,17 +62,17 @@ def training_commands(folder: str | None) -> list[str]:
     command = ["python", f"recipes/{run['stage']}.py"]
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
-        command += [f"--{name}", *map(str, values or ["none"])]  # `report_to: none` is an empty list in its settings
+        command += [f"--{name}", *map(str, values or ["none"])]  # `report_to: none` is recorded as an empty list
     return list(dict.fromkeys([*before, shlex.join(command)]))
 
 
 def machine() -> dict:
     """
-    What this process runs on.
+    Describe the machine.
 
     Returns:
-        `dict`: `cpu` (the model's name), `cores` (those that may be used), `memory_gb` (10^9 bytes) and `gpu` (names,
-        `None` without one).
+        `dict`: `cpu` (its model's name), `cores` (available to this process), `memory_gb` (10^9 bytes) and `gpu`
+        (names, `None` without one).
     """
     names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {

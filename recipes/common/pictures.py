@@ -1,8 +1,8 @@
 """
-The pictures of the report, light and dark: runs in the plane of length and accuracy, and the course of each training.
+Draw the report's figures, light and dark: accuracy against length, and each run's training curves.
 
-Drawn to be read at the width of a phone. Colours are those of Okabe and Ito, which colour-blind people tell apart, and
-each kind of run has a marker of its own as well.
+They are legible at the width of a phone. The colours are Okabe and Ito's, which colour-blind people can tell apart, and
+each kind of run has its own marker.
 """
 
 import io
@@ -24,11 +24,11 @@ KINDS = {  # of runs, by how their names begin: marker, colour on light paper, o
     "dpo": ("D", "#b8508c", "#cc79a7"),
     "": ("v", "#9a6a00", "#e69f00"),
 }
-WIDTH = 4.7  # inches; a phone shows a point of text as a pixel or more then
+WIDTH = 4.7  # inches; at this width a phone shows a point of text as a pixel or more
 
 
 def _style(run_name: str, theme: str) -> tuple[str, str]:
-    """Marker and colour of a run."""
+    """Return the marker and colour of a run."""
     marker, *colours = next(style for kind, style in KINDS.items() if run_name.startswith(kind))
     return marker, colours[theme == "dark"]
 
@@ -57,9 +57,9 @@ def _png(figure: Figure) -> bytes:
 
 def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> bytes:
     """
-    Every run as a point: mean tokens of a completion, and pass@1 with both 95% intervals; the published runs in grey.
+    Draw pass@1 against mean tokens of a completion, both with 95% intervals, and the published runs in grey.
 
-    A run of another seed is a small point, joined to the run that it repeats.
+    A run with another seed is a small point, joined to the run that it repeats.
 
     Args:
         runs (`list`):
@@ -76,8 +76,8 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     """
     colours = THEMES[theme]
     figure, (panel,) = _figure(4.5, 1, theme)
-    theirs = [(tokens, passed / 33) for passed, tokens in published.values()]
-    panel.plot(*zip(*theirs, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
+    published_points = [(tokens, passed / 33) for passed, tokens in published.values()]
+    panel.plot(*zip(*published_points, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
     points = {run.name: (run.metrics["mean_completion_tokens"], run.metrics["pass_at_1"]) for run in runs}
     seeds = [run for run in runs if run.name != run.recipe and run.recipe in points]
     for run in seeds:
@@ -92,7 +92,7 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
         panel.plot([x, x], run.metrics["pass_at_1_interval"], **faint)
         panel.plot(run.metrics["mean_completion_tokens_interval"], [y, y], **faint)
         panel.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=colours["paper"])
-    x_values, y_values = zip(*points.values(), *theirs, strict=True)
+    x_values, y_values = zip(*points.values(), *published_points, strict=True)
     left, right = min(x_values) / 1.2, max(x_values) * 1.3
     names_share = min(0.5, 0.02 * max(len(run.name) for run in named))  # of the width, a character being 0.02
     panel.set_xscale("log")
@@ -128,7 +128,7 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
-    """Heights as near as possible to the given ones, in the same order, with at least about `gap` between them."""
+    """Move heights as little as possible, keeping their order, so that about `gap` or more is between them."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     spread = [heights[i] for i in order]
     for _ in range(1000):
@@ -142,10 +142,10 @@ def _spread(heights: list[float], gap: float) -> list[float]:
 
 def draw_training(runs: list, theme: str) -> dict[str, bytes]:
     """
-    The course of each training: reward and tokens of a completion where the stage has rewards, else the loss.
+    Draw each run's training curves: reward and tokens of a completion where the stage has rewards, else the loss.
 
-    Panels of one kind share their scale, so that runs can be compared. Thin: as logged, thick: a moving mean, dots: the
-    greedy evaluation during training.
+    Panels of one kind share their scale, so that runs can be compared. Thin lines are as logged, thick ones a moving
+    mean, dots the greedy evaluation during training.
 
     Args:
         runs (`list`):
@@ -164,7 +164,7 @@ def draw_training(runs: list, theme: str) -> dict[str, bytes]:
         chosen = ("reward", "completion_tokens") if logged["reward"] else ("loss", "rewards/margins")
         if shown := [key for key in chosen if logged[key]]:
             series[run.name] = {key: (logged[key], _series(run.training, f"eval_{key}")) for key in shown}
-    # The scale of rewards and lengths is that of all runs; a loss of one stage means nothing to another
+    # Rewards and lengths compare across runs, losses do not
     limits = {}
     for key in ("reward", "completion_tokens"):
         values = [value for run in series.values() for line in run.get(key, []) for _, value in line]

@@ -1,8 +1,7 @@
 """
-How sure a number of few tasks is: confidence intervals of a rate and of a mean, and whether two runs differ.
+Measure the uncertainty of numbers from few tasks: confidence intervals of rates and means, and whether two runs differ.
 
-Not covered: corrections for many comparisons. Who looks at all pairs of nine runs, 36 of them, should expect one or two
-below 0.05 where nothing differs.
+Not covered: corrections for multiple comparisons. Of the 36 pairs of nine equal runs, expect one or two below 0.05.
 """
 
 from math import comb, sqrt
@@ -12,9 +11,9 @@ import numpy as np
 
 def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
     """
-    The 95% confidence interval of a rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+    Return the 95% confidence interval of a rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
-    Right for one sample a task. The samples of one task are no independent trials: see [`bootstrap_interval`].
+    It holds for one sample per task. Several samples of one task are not independent: see [`bootstrap_interval`].
 
     Args:
         rate (`float`):
@@ -34,31 +33,31 @@ def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
 
 def bootstrap_interval(values: list[float], num_resamples: int = 10_000, seed: int = 0) -> list[float]:
     """
-    The 95% confidence interval of a mean over tasks: the percentile bootstrap (Efron 1979,
-    https://doi.org/10.1214/aos/1176344552), which draws the tasks again, with all that belongs to each of them.
+    Return the 95% confidence interval of a mean over tasks, by the percentile bootstrap over whole tasks (Efron 1979,
+    https://doi.org/10.1214/aos/1176344552).
 
-    Where all values are equal it has no width, so it says nothing about a run that passes no task or every one.
+    It has no width where all values are equal, so it says nothing about a run that passes no task or all of them.
 
     Args:
         values (`list[float]`):
-            One number a task, such as the share of its samples that pass.
+            One number per task, such as the share of its samples that pass.
         num_resamples (`int`, *optional*, defaults to `10_000`):
-            How often as many tasks are drawn with replacement.
+            Number of resamples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
 
     Returns:
         `list[float]`: Lower and upper bound.
     """
-    values = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(num_resamples, len(values)))
-    return np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]).tolist()
+    array = np.asarray(values, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(array), size=(num_resamples, len(array)))
+    return np.quantile(array[drawn].mean(axis=1), [0.025, 0.975]).tolist()
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
     """
-    The exact p value of McNemar's test (1947, https://doi.org/10.1007/BF02295996): how often two runs that are equally
-    good would differ at least as much on the tasks that only one of them passes.
+    Return the exact p value of McNemar's test (1947, https://doi.org/10.1007/BF02295996): how often two equally good
+    runs would differ at least as much on the tasks that only one of them passes.
 
     Args:
         only_first (`int`):

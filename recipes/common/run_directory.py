@@ -1,7 +1,7 @@
 """
-Output directories: one run each, which an interruption does not end and a second process does not disturb.
+Give every run an output directory of its own: resume it after an interruption, and keep other runs out.
 
-Not covered: the checkpoints in them, which are the trainers' (`trainers/checkpoints.py`).
+Not covered: checkpoints, which are the trainers' (`trainers/checkpoints.py`).
 """
 
 import fcntl
@@ -16,23 +16,23 @@ from trainers import last_checkpoint
 
 class RunDirectory:
     """
-    An output directory that belongs to one run: one stage with one set of settings.
+    Output directory of one run: one stage with one set of fields.
 
-    The same command continues where the run stopped and does nothing when it has finished; another command is refused,
-    unless the first left nothing but its record. A run whose result was removed has not finished.
+    The same command resumes an interrupted run and skips a finished one. Another command is refused, unless the first
+    left nothing but its record. A run whose result was removed counts as unfinished.
 
     Args:
         path (`str`):
-            The directory; made if it does not exist.
+            The directory. Created if it does not exist.
         stage (`str`):
             The stage's name.
         settings (`dict`):
-            The fields that were set, as [`parse_settings`] gives them.
+            The fields that were set, as [`parse_settings`](arguments.py) returns them.
         result (`str`, *optional*, defaults to `"*.safetensors"`):
-            Name or pattern of the file that a finished run leaves in it.
+            Name or pattern of the file that a finished run leaves.
 
     Raises:
-        SystemExit: The directory holds another run, or files of something else.
+        SystemExit: The directory holds another run, or unrelated files.
     """
 
     def __init__(self, path: str, stage: str, settings: dict, result: str = "*.safetensors"):
@@ -59,13 +59,13 @@ class RunDirectory:
 
     def start(self) -> str | None:
         """
-        Claim the directory, for as long as this process lives.
+        Claim the directory until this process ends.
 
         Returns:
-            `str` or `None`: The checkpoint to continue from, if the run was interrupted after one.
+            `str` or `None`: The checkpoint to resume from, if there is one.
 
         Raises:
-            SystemExit: Another process is at work in it.
+            SystemExit: Another process has claimed it.
         """
         if PartialState().is_main_process:
             if self.record.is_file():
@@ -75,12 +75,14 @@ class RunDirectory:
         return last_checkpoint(self.path)
 
     def _lock(self) -> None:
-        self._locked = self.record.open()  # until it is closed, with this process at the latest
+        self._locked = (
+            self.record.open()
+        )  # the lock lasts until the file is closed, at the latest when the process ends
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(
-                f"output_dir {self.path} is in use: another process is at this run. Wait for it, or choose another one"
+                f"output_dir {self.path} is in use by another process: wait for it, or choose another output_dir"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -97,7 +99,7 @@ class RunDirectory:
 
 def write_whole(path: Path, text: str) -> None:
     """
-    Write a file that is there completely or not at all.
+    Write a file atomically: it is complete or absent.
 
     Args:
         path (`Path`):

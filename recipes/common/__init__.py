@@ -1,0 +1,1 @@
+"""What the stages share: arguments, the policy, sampling, run directories, statistics and the report's page."""

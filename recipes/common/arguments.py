@@ -1,0 +1,204 @@
+"""
+Parse and check what a stage is told: its fields, and the tasks they name.
+
+A mistake is reported here, with the field and what to write, before any weights are loaded.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers.hf_argparser import string_to_bool
+from trl import TrlParser
+
+from rewards import load_tasks
+from sandbox import MAX_TIMEOUT
+from trainers import run_device, supports_bf16
+
+
+@dataclass
+class TaskArguments:
+    """The tasks that a stage trains on."""
+
+    dataset_name: str = field(
+        default="humaneval", metadata={"help": "Tasks: 'humaneval', a JSONL file, or a dataset on the Hub."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+
+
+def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """
+    Parse a stage's fields from `--config FILE.yaml` and from `--field value`, which takes precedence.
+
+    Args:
+        *dataclass_types (`type`):
+            Dataclasses whose fields are the valid fields.
+        argv (`list[str]`, *optional*):
+            Command line without the program's name. Defaults to this process's.
+
+    Returns:
+        `tuple`: One instance per dataclass, then a `dict` of the fields that were set and their values.
+
+    Raises:
+        SystemExit: A field is unknown (the closest valid name is given), a file is missing, or a value is refused.
+    """
+    config, argv = _split_off("--config", sys.argv[1:] if argv is None else argv)
+    recipe = _read_recipe(config) if config else {}
+    parser = TrlParser(dataclass_types)
+    valid = {action.dest for action in parser._actions} - {"help"}
+    _refuse_unknown([name for name in recipe if name != "env"], valid, config)
+    on_line = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--") and arg != "--help"]
+    _refuse_unknown(on_line, valid | {name.replace("_", "-") for name in valid}, "the command line")
+    on_line = [name.replace("-", "_") for name in on_line]
+
+    use_cpu, _ = _split_off(
+        "--use_cpu", argv, type=string_to_bool, nargs="?", const=True, default=recipe.get("use_cpu")
+    )
+    device = run_device(bool(use_cpu))
+    if "use_cpu" in valid and device.type == "cpu":
+        parser.set_defaults(use_cpu=True)  # TrainingArguments allows bf16 on a CPU only if told that this is one
+    argv = [*argv, *_fp32_instead_of_bf16(recipe, valid - set(on_line), device)]
+    try:
+        parsed = parser.parse_args_and_config([*(["--config", config] if config else []), *argv])
+    except ValueError as error:
+        raise SystemExit(f"{config or 'the command line'}: {error}") from error
+
+    given = sorted({name for name in recipe if name != "env"} | set(on_line))
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    return *parsed, {name: values[name] for name in given if name in values}
+
+
+def _split_off(flag: str, argv: list[str], **kind: Any) -> tuple[Any, list[str]]:
+    """Return a flag's value and the command line without the flag."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, flag.replace("_", "-"), dest="value", **kind)
+    namespace, rest = parser.parse_known_args(argv)
+    return namespace.value, rest
+
+
+def _read_recipe(path: str) -> dict:
+    if not Path(path).is_file():
+        raise SystemExit(f"--config: there is no file {path}")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise SystemExit(f"{path} is not YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise SystemExit(f"{path}: a recipe consists of `field: value` lines")
+    return recipe
+
+
+def _fp32_instead_of_bf16(recipe: dict, fields: set[str], device: torch.device) -> list[str]:
+    """Return what to add to the command line where a recipe asks for bf16 and the device would emulate it."""
+    if supports_bf16(device):
+        return []
+    in_bf16 = {"dtype": recipe.get("dtype") == "bfloat16", "bf16": recipe.get("bf16", True)}  # TRL defaults to bf16
+    in_fp32 = {"dtype": "float32", "bf16": "false"}
+    added = [part for name in in_fp32 if name in fields and in_bf16[name] for part in (f"--{name}", in_fp32[name])]
+    if added and os.environ.get("RANK", "0") == "0":  # PartialState is not set up yet, that is up to TrainingArguments
+        print(f"This device has no bf16 instructions: computing in fp32, which is faster here ({' '.join(added)})")
+    return added
+
+
+def _refuse_unknown(names: list[str], valid: set[str], where: str) -> None:
+    for name in names:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f": did you mean {close[0]!r}?" if close else ""
+            raise SystemExit(f"{where}: unknown field {name!r}{hint}")
+
+
+def load_stage_tasks(dataset_name: str, split: str, field_name: str = "dataset_name") -> Dataset:
+    """
+    Load the tasks of a stage.
+
+    Args:
+        dataset_name (`str`):
+            What [`~rewards.load_tasks`] reads.
+        split (`str`):
+            The split.
+        field_name (`str`, *optional*, defaults to `"dataset_name"`):
+            The field that an error names.
+
+    Returns:
+        [`~datasets.Dataset`]: The tasks.
+
+    Raises:
+        SystemExit: A row is malformed, or there is no such file, split or dataset.
+    """
+    try:
+        return load_tasks(dataset_name, split)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{field_name}: {error}") from error
+
+
+def check_timeout(seconds: float, maximum: float = MAX_TIMEOUT) -> None:
+    """
+    Check the field `sandbox_timeout`.
+
+    Args:
+        seconds (`float`):
+            Its value.
+        maximum (`float`, *optional*, defaults to `3600`):
+            The largest value allowed.
+
+    Raises:
+        ValueError: [`~sandbox.Sandbox`] does not take it.
+    """
+    if not 0 < seconds <= maximum:
+        raise ValueError(f"sandbox_timeout is {seconds}: write a number of seconds above 0 and at most {maximum:g}")
+
+
+def check_length_penalty(length_penalty: float) -> None:
+    """
+    Check the field `length_penalty`.
+
+    Args:
+        length_penalty (`float`):
+            Its value.
+
+    Raises:
+        ValueError: It is negative.
+    """
+    if not length_penalty >= 0:
+        raise ValueError(f"length_penalty is {length_penalty}: write 0 or more, it is subtracted")
+
+
+def check_sampling(arguments: Any) -> None:
+    """
+    Check the fields by which a stage samples.
+
+    Args:
+        arguments:
+            Holds `top_p`, `num_generations`, `per_device_eval_batch_size` and `max_completion_length`.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+    if not 0 < arguments.top_p <= 1:
+        raise ValueError(f"top_p is {arguments.top_p}: write a number above 0 and at most 1")
+    for name in ("num_generations", "per_device_eval_batch_size", "max_completion_length"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} is {getattr(arguments, name)}: write 1 or more")
+
+
+def refuse_several_processes(stage: str) -> None:
+    """
+    Stop a single-process stage that was launched as several processes.
+
+    Args:
+        stage (`str`):
+            The stage's name.
+
+    Raises:
+        SystemExit: There are several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit(f"{stage} runs in one process: launch it with --num_processes 1")

@@ -1,0 +1,100 @@
+"""
+Run REINFORCE or PPO-Clip, from the fields to the saved adapter.
+
+The policy is the base with the SFT stage's adapter, which is trained while the base stays frozen. Without an adapter, a
+new one is put on the base. The reward runs every completion against its task's tests in the sandbox.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, get_peft_config
+
+from recipes.common.arguments import (
+    TaskArguments,
+    check_length_penalty,
+    check_timeout,
+    load_stage_tasks,
+    parse_settings,
+)
+from recipes.common.policy import adapter_sha256, check_policy, load_policy, load_tokenizer
+from recipes.common.run_directory import RunDirectory
+from rewards import UnitTestReward
+from sandbox import Sandbox
+from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
+from trainers.progress import print_progress_lines
+
+
+@dataclass
+class RLArguments(TaskArguments):
+    """What an RL stage adds: the adapter it starts from, its reward, and its evaluation during training."""
+
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of the adapter to continue from, usually the SFT stage's. If not set, a new adapter is "
+            "trained."
+        },
+    )
+    length_penalty: float = field(
+        default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
+    )
+    sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
+    dataset_test_split: str = field(
+        default="validation",
+        metadata={
+            "help": "Split that is completed greedily during training if eval_strategy is set. Its tasks are among "
+            "those of 'train': train on 'fit' to keep them apart."
+        },
+    )
+
+    def __post_init__(self):
+        check_length_penalty(self.length_penalty)
+        check_timeout(self.sandbox_timeout)
+
+
+def train_policy_gradient(
+    stage: str,
+    trainer_class: type[ReinforceTrainer] | type[PPOClipTrainer],
+    config_class: type[ReinforceConfig] | type[PPOClipConfig],
+) -> None:
+    """
+    Run an RL stage.
+
+    Args:
+        stage (`str`):
+            The stage's name.
+        trainer_class (`type`):
+            [`~trainers.ReinforceTrainer`] or [`~trainers.PPOClipTrainer`].
+        config_class (`type`):
+            The configuration that it takes.
+    """
+    rl, args, model_args, settings = parse_settings(RLArguments, config_class, ModelConfig)
+    check_policy(model_args, rl.adapter_name_or_path, generates_on=args.device)
+    if rl.adapter_name_or_path:
+        settings["adapter_sha256"] = adapter_sha256(rl.adapter_name_or_path)
+    else:
+        model_args.use_peft = True  # whatever the recipe says: the base stays frozen
+    run = RunDirectory(args.output_dir, stage, settings)
+    if run.finished:
+        return print(f"{args.output_dir}: this run has finished")
+    train_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_train_split)
+    eval_dataset = None
+    if args.eval_strategy != "no":
+        eval_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_test_split)
+
+    checkpoint = run.start()
+    with Sandbox(timeout=rl.sandbox_timeout) as sandbox:
+        trainer = trainer_class(
+            model=load_policy(model_args, args.device, rl.adapter_name_or_path),
+            reward_funcs=UnitTestReward(rl.length_penalty, sandbox),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=load_tokenizer(model_args, padding_side="left"),
+            peft_config=None if rl.adapter_name_or_path else get_peft_config(model_args),
+        )
+        print_progress_lines(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()  # before the adapter: where there is an adapter there is its log
+    trainer.save_model()
+    run.finish()
