@@ -48,6 +48,14 @@ class PolicyGradientConfig(RLOOConfig):
             "choices": list(BASELINES),
         },
     )
+    min_advantage_std: float = field(
+        default=0.0,
+        metadata={
+            "help": "Lower bound on the standard deviation that advantages are divided by when they are normalized. In a "
+            "batch without a pass, rewards differ by their length penalty alone, and dividing by so small a deviation "
+            "trains on length at full size."
+        },
+    )
 
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
@@ -58,6 +66,8 @@ class PolicyGradientConfig(RLOOConfig):
             raise ValueError(f"baseline is {self.baseline!r}: write one of {', '.join(map(repr, BASELINES))}")
         if self.baseline == "group" and self.num_generations < 2:
             raise ValueError("baseline 'group' compares completions of one prompt: set num_generations to 2 or more")
+        if self.min_advantage_std < 0:
+            raise ValueError(f"min_advantage_std is {self.min_advantage_std}: write 0 or more")
         if self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_transformers_continuous_batching would cast an fp32 adapter to bf16: set it to false, or use_vllm"
@@ -65,15 +75,15 @@ class PolicyGradientConfig(RLOOConfig):
         checkpointing = (self.gradient_checkpointing, self.activation_checkpointing)  # two names of one setting
         num_generations = self.num_generations
         if num_generations == 1:
-            # RLOOConfig's own baseline needs two. Its other checks hold for one if they hold for the whole rollout.
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
-            if self.num_generations == 1:
-                raise ValueError(
-                    "a rollout of one completion has nothing to compare: raise per_device_train_batch_size or "
-                    "gradient_accumulation_steps"
-                )
+            # RLOOConfig's own baseline needs two. Its other checks hold for one if they hold for twice the batch.
+            self.num_generations = 2
+            self.per_device_train_batch_size *= 2
+            if self.generation_batch_size is not None:
+                self.generation_batch_size *= 2
         super().__post_init__()
-        self.num_generations = num_generations
+        if num_generations == 1:
+            self.num_generations = 1
+            self.per_device_train_batch_size //= 2
+            self.generation_batch_size //= 2
         if checkpointing == (None, None):
             self.gradient_checkpointing = self.activation_checkpointing = self.device.type != "cpu"
