@@ -88,10 +88,10 @@ def train(stage, folder, output_dir, kill_in=None, kill_at_step=None, file_bytes
                 os.kill(os.getpid(), signal.SIGKILL)  # the adapter is written, the optimizer is not
             super()._save_optimizer_and_scheduler(output_dir)
 
-        def policy_loss(self, logps, inputs):
+        def policy_loss(self, per_token_logps, inputs):
             if kill_in == "loss" and self.state.global_step == kill_at_step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().policy_loss(logps, inputs)
+            return super().policy_loss(per_token_logps, inputs)
 
     trainer = build(stage, str(folder), output_dir, reward, Trainer)
     try:

@@ -190,7 +190,8 @@ def test_approx_kl_is_of_the_old_policy_to_the_new_and_only_what_is_clipped_coun
     log_ratio = torch.tensor([-0.5, -0.5, 0.1, 1.0, 1.0, 1.0])
     old = torch.arange(-6.0, 0.0)
     advantages = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, -1.0])  # clipped are the second, the fourth and the fifth
-    trainer.policy_loss(old + log_ratio, {"old_logps": old, "advantages": advantages})
+    inputs = {"old_per_token_logps": old[:, None], "completion_mask": torch.ones(6, 1), "advantages": advantages}
+    trainer.policy_loss((old + log_ratio)[:, None], inputs)
     ratio = log_ratio.exp()
     metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
     assert metrics == pytest.approx(

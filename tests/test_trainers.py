@@ -186,13 +186,16 @@ def test_advantages_of_each_baseline(tmp_path, tiny_model):
     normalized = advantages(3, baseline="batch", normalize_advantages=True)
     torch.testing.assert_close(normalized[:5].std(), torch.tensor(1.0))
     assert normalized[5] == 0
+    bounded = advantages(3, baseline="batch", normalize_advantages=True, min_advantage_std=2.0)
+    torch.testing.assert_close(bounded, torch.tensor([0.35, -0.15, -0.15, -0.15, 0.1, 0.0]))
 
 
 def test_extreme_ratio_is_reported_and_stays_finite(tmp_path, tiny_model):
     config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, **COMMON)
     trainer = PPOClipTrainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset())
     logps = torch.tensor([900.0, -900.0], requires_grad=True)
-    loss = trainer.policy_loss(logps, {"old_logps": torch.zeros(2), "advantages": torch.tensor([1.0, -1.0])})
+    inputs = {"old_per_token_logps": torch.zeros(2, 1), "completion_mask": torch.ones(2, 1)}
+    loss = trainer.policy_loss(logps[:, None], inputs | {"advantages": torch.tensor([1.0, -1.0])})
     loss.backward()
     assert loss.isfinite() and logps.grad.isfinite().all()
     assert trainer._metrics["train"]["ratio/max"] == [pytest.approx(4.85e8, rel=0.01)]
@@ -290,6 +293,46 @@ def test_no_forward_more_than_needed(tmp_path, tiny_model, trainer_class, config
     assert all(kwargs["fused_lm_head"] for kwargs in forwards)
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        # Ratios of the rows' tokens: (1.5, 1.5, -), (0.5, 2.0, 1.0); the mask ends the first row after two tokens
+        ({}, -(1.2 * 1.0 + -1.0 * 1.0) / 2),
+        ({"importance_sampling_level": "token"}, -((1.2 + 1.2) * 1.0 + (-0.8 - 2.0 - 1.0)) / 2),
+        ({"importance_sampling_level": "token", "dual_clip": 1.5}, -((1.2 + 1.2) * 1.0 + (-0.8 - 1.5 - 1.0)) / 2),
+    ],
+)
+def test_ppo_loss_of_completions_and_of_tokens(tmp_path, tiny_model, settings, expected):
+    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, **settings, **COMMON)
+    trainer = PPOClipTrainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset())
+    inputs = {
+        "old_per_token_logps": torch.zeros(2, 3),
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+    }
+    loss = trainer.policy_loss(torch.tensor([[1.5, 1.5, 7.0], [0.5, 2.0, 1.0]]).log(), inputs)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_epochs_beyond_the_target_kl_leave_the_policy_alone(tmp_path, tiny_model):
+    model = policy(tiny_model)
+    moved = []
+
+    class Trainer(PPOClipTrainer):
+        def log(self, logs, start_time=None):
+            super().log(logs, start_time)
+            if "approx_kl" in logs or "skipped_epochs" in logs:
+                moved.append((logs["skipped_epochs"], sum(p.double().sum().item() for p in model.parameters())))
+
+    settings = {"num_iterations": 4, "max_steps": 8, "target_kl": 1e-3, "epsilon": 10.0}
+    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=4, learning_rate=1e-2, **settings, **COMMON)
+    Trainer(model, RecordingReward(), config, train_dataset=dataset(2)).train()
+    # The first epoch's own KL is 0, the second's is that of one step: the third and fourth are skipped
+    assert [skipped for skipped, _ in moved] == [0, 0, 1, 1] * 2
+    sums = [total for _, total in moved]
+    assert sums[1] == sums[2] == sums[3] and len(set(sums)) == 4
+
+
 def test_old_log_probabilities_are_the_rollouts_when_it_starts_within_a_step(tmp_path, tiny_model, tiny_tokenizer):
     """With 3 micro-batches a rollout and 4 a step, the policy moves before the last micro-batch of a first epoch."""
     model = policy(tiny_model)
@@ -301,9 +344,9 @@ def test_old_log_probabilities_are_the_rollouts_when_it_starts_within_a_step(tmp
         return [float(sum(ids) % 7) for ids in completion_ids]
 
     class Trainer(PPOClipTrainer):
-        def policy_loss(self, logps, inputs):
-            loss = super().policy_loss(logps, inputs)
-            for row, old in enumerate(inputs["old_logps"]):
+        def policy_loss(self, per_token_logps, inputs):
+            loss = super().policy_loss(per_token_logps, inputs)
+            for row, old in enumerate((inputs["old_per_token_logps"] * inputs["completion_mask"]).sum(1)):
                 parts = [inputs[f"{x}_ids"][row][inputs[f"{x}_mask"][row].bool()] for x in ("prompt", "completion")]
                 prompt, completion = (part.tolist() for part in parts)
                 expected = log_prob(at_rollout, tiny_tokenizer, tiny_tokenizer.decode(prompt), completion)
@@ -372,9 +415,13 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
         (ReinforceConfig, {"baseline": "critic"}, "baseline is 'critic'"),
         (ReinforceConfig, {"baseline": "group"}, "set num_generations to 2 or more"),
         (ReinforceConfig, {"num_iterations": 2}, "num_iterations is 2"),
+        (ReinforceConfig, {"min_advantage_std": -1.0}, "min_advantage_std is -1.0"),
+        (PPOClipConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
+        (PPOClipConfig, {"target_kl": 0.0}, "target_kl is 0.0"),
+        (PPOClipConfig, {"dual_clip": 1.0}, "dual_clip is 1.0"),
         (ReinforceConfig, {"use_transformers_continuous_batching": True}, "would cast an fp32 adapter to bf16"),
         (ReinforceConfig, {"num_generations": 3}, "must be divisible by num_generations"),
-        (ReinforceConfig, {"per_device_train_batch_size": 1}, "a rollout of one completion"),
+        (PPOClipConfig, {"per_device_train_batch_size": 1}, "a single completion cannot be normalized"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, config_class, settings, message):

@@ -51,9 +51,9 @@ class PolicyGradientConfig(RLOOConfig):
     min_advantage_std: float = field(
         default=0.0,
         metadata={
-            "help": "Lower bound on the standard deviation that advantages are divided by when they are normalized. In a "
-            "batch without a pass, rewards differ by their length penalty alone, and dividing by so small a deviation "
-            "trains on length at full size."
+            "help": "Lower bound on the standard deviation that normalized advantages are divided by. In a batch without "
+            "a pass, rewards differ by the length penalty alone, and dividing by so small a deviation trains on length "
+            "at full size."
         },
     )
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapters import restored_base, keep_adapter_in_fp32
+from .adapters import keep_adapter_in_fp32, restored_base
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
@@ -70,15 +70,16 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         self._seconds = Counter()
         self._seconds_logged_at = None  # the step; a run may continue at any
 
-    def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
+    def policy_loss(self, per_token_logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         """
         Return the loss of a micro-batch.
 
         Args:
-            logps (`torch.Tensor` of shape `(batch_size,)`):
-                Log-probability of each whole completion under the policy in training.
+            per_token_logps (`torch.Tensor` of shape `(batch_size, completion_length)`):
+                Log-probability of each token of the completions under the policy in training.
             inputs (`dict`):
-                The micro-batch, with `advantages` of shape `(batch_size,)`.
+                The micro-batch, with `advantages` of shape `(batch_size,)`, `completion_mask` of the shape of
+                `per_token_logps`, and `old_per_token_logps` if [`needs_old_logps`] says so.
 
         Returns:
             `torch.Tensor`: A scalar.
@@ -87,7 +88,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
     @property
     def needs_old_logps(self) -> bool:
-        """Whether a micro-batch needs log-probabilities from the time of its rollout, under the key `old_logps`."""
+        """Whether micro-batches need `old_per_token_logps`, computed at the rollout."""
         return False
 
     def advantages(self, rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
@@ -113,7 +114,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         if self.normalize_advantages:
             known = rewards[~rewards.isnan()]
             std = known.std() if len(known) > 1 else known.new_zeros(())
-            rewards = (rewards - known.mean()) / (std + 1e-8)
+            rewards = (rewards - known.mean()) / (std.clamp(min=self.args.min_advantage_std) + 1e-8)
         return rewards.nan_to_num(0.0)
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> dict:
@@ -135,7 +136,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
         Returns:
             `dict`: This process's `prompt_ids` (padded to the left), `completion_ids` (padded to the right), their
-            masks, `advantages` and, if they are needed, `old_logps`. In evaluation the advantages are the rewards.
+            masks, `advantages` and, if needed, `old_per_token_logps`. In evaluation the advantages are the rewards.
         """
         if "image" in tasks[0] or "images" in tasks[0]:
             raise ValueError(
@@ -170,8 +171,9 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
         first = self.accelerator.process_index * len(tasks)
         rollout["advantages"] = advantages[first : first + len(tasks)]
-        if not self.needs_old_logps:
-            del rollout["old_logps"]
+        del rollout["old_logps"]  # sums over whole completions
+        if self.needs_old_logps:
+            rollout["old_per_token_logps"] = logps[0]
         return rollout
 
     def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list]:
@@ -227,7 +229,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         return rewards
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        # RLOOTrainer computes log-probabilities at every rollout, which only a KL penalty and old_logps have a use for
+        # RLOOTrainer computes log-probabilities at every rollout, which only a KL penalty and PPO have a use for
         if self._rollout_logps is not None and self.beta == 0.0 and not self.needs_old_logps:
             return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
         with self._phase("log_probs"):
@@ -279,8 +281,9 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         completion_length = max(1, int(batch["completion_mask"].sum(1).max()))
         for name in ("prompt_ids", "prompt_mask"):
             batch[name] = batch[name][:, -prompt_length:]
-        for name in ("completion_ids", "completion_mask"):
-            batch[name] = batch[name][:, :completion_length]
+        for name in ("completion_ids", "completion_mask", "old_per_token_logps"):
+            if name in batch:
+                batch[name] = batch[name][:, :completion_length]
         return batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
@@ -298,7 +301,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         metrics = self._metrics["train" if self.model.training else "eval"]
         entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
         metrics["entropy"].append(gather(entropy).mean().item())
-        loss = self.policy_loss((per_token_logps.float() * mask).sum(1), inputs)
+        loss = self.policy_loss(per_token_logps.float(), inputs)
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
             metrics["aux_loss"].append(gather(aux_loss.detach()).mean().item())

@@ -24,6 +24,44 @@ class PPOClipConfig(PolicyGradientConfig):
             "help": "Whether to normalize the advantages of the global batch to mean 0 and standard deviation 1."
         },
     )
+    importance_sampling_level: str = field(
+        default="sequence",
+        metadata={
+            "help": "What has a ratio that is clipped: the whole completion (`sequence`, the published form) or each "
+            "of its tokens (`token`). At a ratio of 1 both have the same gradient.",
+            "choices": ["sequence", "token"],
+        },
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Approximate KL, per completion, from the rollout's policy to the current one. Once an optimizer "
+            "step exceeds it, the remaining epochs on that rollout are skipped. If not set, none is."
+        },
+    )
+    dual_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound, above 1, on the ratio of completions with a negative advantage (dual-clip PPO, Ye et al. "
+            "2020, https://huggingface.co/papers/1912.09729, eq. 5). If not set, their ratio has no upper bound."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.normalize_advantages and self.generation_batch_size < 2:
+            raise ValueError(
+                "the advantage of a single completion cannot be normalized: raise per_device_train_batch_size or "
+                "gradient_accumulation_steps, or set normalize_advantages to false"
+            )
+        if self.importance_sampling_level not in ("sequence", "token"):
+            raise ValueError(
+                f"importance_sampling_level is {self.importance_sampling_level!r}: write 'sequence' or 'token'"
+            )
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(f"target_kl is {self.target_kl}: write a number above 0, or leave it out")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}: write a number above 1, or leave it out")
 
 
 class PPOClipTrainer(PolicyGradientTrainer):
@@ -81,22 +119,51 @@ class PPOClipTrainer(PolicyGradientTrainer):
         starts_with_one = self.args.steps_per_generation * self.num_iterations % steps == 0
         return not (fits_a_step and starts_with_one)
 
-    def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
-        old_logps = inputs.setdefault("old_logps", logps.detach())
-        advantages = inputs["advantages"]
-        log_ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    def policy_loss(self, per_token_logps: torch.Tensor, inputs: dict) -> torch.Tensor:
+        mask, advantages = inputs["completion_mask"], inputs["advantages"][:, None]
+        old_per_token_logps = inputs.setdefault("old_per_token_logps", per_token_logps.detach())
+        log_ratio = (per_token_logps - old_per_token_logps) * mask
+        if self.args.importance_sampling_level == "sequence":
+            log_ratio, mask = log_ratio.sum(1, keepdim=True), torch.ones_like(advantages)
+        log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp()
-        clipped_ratio = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        surrogate = torch.min(ratio * advantages, ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantages)
+        if self.args.dual_clip is not None:
+            surrogate = torch.where(advantages < 0, torch.max(surrogate, self.args.dual_clip * advantages), surrogate)
+        self._record(ratio.detach(), log_ratio.detach(), advantages, mask)
+        return -(surrogate * mask).sum(1).mean()
 
-        low = gather((ratio.detach() < 1 - self.epsilon_low) & (advantages < 0))
-        high = gather((ratio.detach() > 1 + self.epsilon_high) & (advantages > 0))
-        ratios = gather(ratio.detach())
+    def _record(self, ratio, log_ratio, advantages, mask) -> None:
+        """Log clip fractions, the range of the ratios and the approximate KL. All arguments broadcast to one shape."""
+        mask = mask.bool() if mask.any() else torch.ones_like(mask, dtype=torch.bool)  # no completion counts: 0 and 1
+        low = ((ratio < 1 - self.epsilon_low) & (advantages < 0))[mask]
+        high = ((ratio > 1 + self.epsilon_high) & (advantages > 0))[mask]
+        # KL(old || new) of whole completions, by the unbiased estimator k3
+        # (Schulman 2020, http://joschu.net/blog/kl-approx.html)
+        kl = ((ratio - 1 - log_ratio) * mask).sum(1).mean()
+        local = [low.float().mean(), high.float().mean(), (low | high).float().mean(), kl]
+        low_mean, high_mean, region_mean, kl = gather(torch.stack(local)).view(-1, 4).mean(0).tolist()
+        bounds = gather(torch.stack([ratio[mask].min(), ratio[mask].max()])).view(-1, 2)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["clip_ratio/low_mean"].append(low.float().mean().item())
-        metrics["clip_ratio/high_mean"].append(high.float().mean().item())
-        metrics["clip_ratio/region_mean"].append((low | high).float().mean().item())
-        # KL(old || new), by the unbiased estimator k3 (Schulman 2020, http://joschu.net/blog/kl-approx.html)
-        metrics["approx_kl"].append(gather(ratio.detach() - 1 - log_ratio.detach()).mean().item())
-        metrics["ratio/min"].append(ratios.min().item())
-        metrics["ratio/max"].append(ratios.max().item())
-        return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+        metrics["clip_ratio/low_mean"].append(low_mean)
+        metrics["clip_ratio/high_mean"].append(high_mean)
+        metrics["clip_ratio/region_mean"].append(region_mean)
+        metrics["approx_kl"].append(kl)
+        metrics["ratio/min"].append(bounds[:, 0].min().item())
+        metrics["ratio/max"].append(bounds[:, 1].max().item())
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.args.target_kl is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        cycle = self.args.steps_per_generation * self.num_iterations
+        if self._step % cycle and self._buffered_inputs[0].get("skipped"):
+            self._step += 1
+            self._metrics["train"]["skipped_epochs"].append(1.0)
+            return torch.zeros((), device=self.accelerator.device)  # no gradient: the optimizer leaves the weights
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._metrics["train"]["skipped_epochs"].append(0.0)
+        if self.accelerator.sync_gradients:
+            kls = self._metrics["train"]["approx_kl"][-self.args.gradient_accumulation_steps :]  # of this step
+            if sum(kls) / len(kls) > self.args.target_kl:
+                self._buffered_inputs[0]["skipped"] = True  # in the buffer, so that a checkpoint keeps it
+        return loss

@@ -71,5 +71,6 @@ class ReinforceTrainer(PolicyGradientTrainer):
             }"""),
     }
 
-    def policy_loss(self, logps: torch.Tensor, inputs: dict) -> torch.Tensor:
+    def policy_loss(self, per_token_logps: torch.Tensor, inputs: dict) -> torch.Tensor:
+        logps = (per_token_logps * inputs["completion_mask"]).sum(1)
         return -(inputs["advantages"] * logps).mean()
