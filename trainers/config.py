@@ -51,8 +51,8 @@ class PolicyGradientConfig(RLOOConfig):
     min_advantage_std: float = field(
         default=0.0,
         metadata={
-            "help": "Lower bound on the standard deviation that normalized advantages are divided by. In a batch without "
-            "a pass, rewards differ by the length penalty alone, and dividing by so small a deviation trains on length "
+            "help": "Lower bound on the standard deviation that normalized advantages are divided by. In a batch "
+            "without a pass, rewards differ by the length penalty alone; dividing by so small a deviation trains on length "
             "at full size."
         },
     )
