@@ -52,8 +52,8 @@ class PolicyGradientConfig(RLOOConfig):
         default=0.0,
         metadata={
             "help": "Lower bound on the standard deviation that normalized advantages are divided by. In a batch "
-            "without a pass, rewards differ by the length penalty alone; dividing by so small a deviation trains on length "
-            "at full size."
+            "without a pass, rewards differ by the length penalty alone, and a division by so small a deviation trains "
+            "on length at full size."
         },
     )
 
