@@ -1,0 +1,87 @@
+"""The check of tasks before training finds what is wrong with each, and writes the others."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.check_tasks import check, do_nothing, overlaps
+from rewards import load_tasks
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(task_id, test, solution="    return x + 1\n", prompt=None, **fields):
+    prompt = prompt or 'def f(x):\n    """Return x + 1."""\n'
+    test = "def check(candidate):\n" + "".join(f"    {line}\n" for line in test.splitlines())
+    task = {"task_id": task_id, "prompt": prompt, "test": test, "entry_point": "f", "canonical_solution": solution}
+    return task | fields
+
+
+ROWS = [
+    row("good", "assert candidate(1) == 2"),
+    row("wrong", "assert candidate(1) == 3"),
+    row("weak", "assert candidate(1) is not None", "    return 1\n"),
+    row("flaky", "import random\nassert candidate(1) == 2 and random.random() < 0.5"),
+    row("slow", "import time\ntime.sleep(1.2)\nassert candidate(1) == 2"),
+    row("broken", "import no_such_package\nassert candidate(1) == 2"),
+    row("no reference", "assert candidate(1) == 2", ""),
+    row("weak, no reference", "assert candidate(1) in (1, 2)", ""),
+]
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(task) + "\n" for task in ROWS))
+    return file
+
+
+def test_each_problem_is_found(task_file):
+    tasks = load_tasks(str(task_file))
+    findings = check(tasks, timeout=2.0)
+    for _ in range(20):  # three runs of a coin agree in one of four checks
+        if findings["flaky"] == ["reference is flaky"]:
+            break
+        findings |= check(tasks.select([3]), timeout=2.0)
+    assert findings == {
+        "good": [],
+        "wrong": ["reference does not pass: failed"],
+        "weak": ["a do-nothing answer passes"],
+        "flaky": ["reference is flaky"],
+        "slow": ["reference is slow"],
+        "broken": ["cannot be judged"],
+        "no reference": [],
+        "weak, no reference": ["a do-nothing answer passes"],
+    }
+
+
+@pytest.mark.parametrize("entry_point", ["f", "f, g", "Solution().f", "__main__"])
+def test_do_nothing_answers_define_what_is_asked_for(entry_point):
+    test = "def check(candidate):\n    assert candidate('x') == 'no such answer'\n"
+    programs = do_nothing({"entry_point": entry_point, "test": test, "setup": ""})
+    assert len({program.solution for program in programs}) == len(programs) >= 4
+    for program in programs:
+        compile(program.solution, "answer", "exec")  # ours, not a policy's
+
+
+def test_overlap_is_found_under_another_id_and_another_wording():
+    test_tasks = load_tasks("humaneval", "test")
+    first = dict(test_tasks[0])
+    renamed = first | {"task_id": "Python/2", "prompt": first["prompt"].replace('"""', '""" Please: ', 1)}
+    same_name = first | {"task_id": "other", "prompt": f"def {first['entry_point']}(x):\n    return 'unrelated'\n"}
+    tasks = test_tasks.from_list([renamed, same_name])
+    assert overlaps(tasks, test_tasks) == ["Python/2"]
+
+
+def test_command_prints_a_table_and_writes_the_fit_tasks(task_file, tmp_path):
+    good = tmp_path / "good.jsonl"
+    command = [sys.executable, "recipes/check_tasks.py", "--dataset_name", str(task_file), "--output_file", str(good)]
+    run = subprocess.run([*command, "--sandbox_timeout", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "fit for training" in run.stdout and "cannot be judged" in run.stdout
+    assert {"good", "no reference"} <= set(load_tasks(str(good))["task_id"]) <= {"good", "no reference", "flaky"}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and "exists, choose another name" in again.stderr
