@@ -31,7 +31,7 @@ def share_of_low_tokens(completion_ids, **kwargs):
     return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def build(stage, model, output_dir, reward=share_of_low_tokens, trainer_class=None, **settings):
+def build(stage, model, output_dir, reward=share_of_low_tokens, trainer_class=None, eval_prompts=None, **settings):
     """A run of several epochs, with two rollouts in each."""
     default_class, config_class, lengths = STAGES[stage]
     config = config_class(
@@ -58,6 +58,7 @@ def build(stage, model, output_dir, reward=share_of_low_tokens, trainer_class=No
         reward,
         config,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": eval_prompts}) if eval_prompts else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
 
@@ -101,6 +102,45 @@ def train(stage, folder, output_dir, kill_in=None, kill_at_step=None, file_bytes
         traceback.print_exc()
         raise SystemExit(1) from None
     trainer.save_model()
+
+
+PASS_RATES = {1: 0.2, 2: 0.9, 3: 0.5, 4: 0.7}  # of an evaluation after each step
+
+
+def train_for_the_best(folder, output_dir, kill_at_step=None):
+    """A run whose second step is the best; it may kill itself after a later one."""
+    torch.set_num_threads(1)
+
+    def reward(trainer_state, completion_ids, log_metric, **kwargs):
+        if len(completion_ids) == 2:  # of the evaluation
+            log_metric("pass_rate", PASS_RATES[trainer_state.global_step])
+        elif trainer_state.global_step == kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share_of_low_tokens(completion_ids)
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_pass_rate"}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    trainer = build(
+        "reinforce", str(folder), output_dir, reward, eval_prompts=PROMPTS[:2], max_steps=4, **best, **evaluation
+    )
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_over_a_killed_run(tmp_path, tiny_folder):
+    def run(*args):
+        process = context.Process(target=train_for_the_best, args=(tiny_folder, tmp_path / "run", *args))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert run(3) == -signal.SIGKILL
+    best, latest = (
+        (tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes() for step in (2, 3)
+    )
+    assert best != latest
+    assert run() == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == best
 
 
 def exit_code(*args):

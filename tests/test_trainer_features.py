@@ -17,7 +17,7 @@ from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
 from trainers.adapters import restored_base
-from trainers.learning_signal import SignalWatch
+from trainers.learning_signal import SignalWatch, collapse
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
 
@@ -248,6 +248,36 @@ def test_groups_that_all_pass_or_all_fail_are_noticed_under_a_length_penalty(tmp
     group = {"baseline": "group", "num_generations": 2}
     build(ReinforceTrainer, tiny_model, tmp_path, reward, max_steps=6, **group).train()
     assert "all pass or none does" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "log_history, message",
+    [
+        ([{"entropy": 0.15}, {"entropy": 0.08}], None),
+        ([{"entropy": 0.15}, {"entropy": 0.07}], "entropy fell from 0.15 to 0.07"),
+        ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.31}], None),
+        ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.29}], "fell from 45.0% to 29.0%"),
+        ([{"loss": 1.0}], None),
+    ],
+)
+def test_a_collapse_is_seen_in_the_log(log_history, message):
+    warning = collapse(log_history)
+    assert warning is None if message is None else message in warning
+
+
+def test_a_collapsing_run_warns_once(tmp_path, tiny_model, caplog):
+    rates = iter([0.9, 0.5, 0.4])
+
+    def reward(completions, log_metric, **kwargs):
+        if len(completions) == 2:  # of the evaluation
+            log_metric("pass_rate", next(rates))
+        return [1.0, 0.0, 0.0, 1.0][: len(completions)]
+
+    evaluated = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    settings = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    build(ReinforceTrainer, tiny_model, tmp_path, reward, trainer_args=evaluated, **settings).train()
+    warnings = [record.message for record in caplog.records if "collapsing" in record.message]
+    assert len(warnings) == 1 and "fell from 90.0% to 50.0%" in warnings[0] and "learning_rate" in warnings[0]
 
 
 def test_a_run_with_signal_does_not_warn(tmp_path, tiny_model, caplog):

@@ -1,4 +1,4 @@
-"""Warn of a run that has nothing to learn from: outcomes that are compared with each other must differ."""
+"""Warn of a run that goes nowhere: rollouts without a signal, and a policy that collapses."""
 
 import logging
 from collections import deque
@@ -51,3 +51,29 @@ class SignalWatch:
             f"{NUM_ROLLOUTS} rollouts in a row carry no signal: {what}. Tasks of another difficulty, more completions "
             "(num_generations) or a higher temperature give rewards that differ"
         )
+
+
+def collapse(log_history: list[dict]) -> str | None:
+    """
+    Look for a collapse in a run's log. The training pass rate may look normal while it happens.
+
+    Args:
+        log_history (`list[dict]`):
+            The trainer's log, `trainer.state.log_history`.
+
+    Returns:
+        `str` or `None`: What has happened and what to change, if the latest entropy is below half of the run's first or
+        the latest `eval_pass_rate` is below two thirds of the run's best.
+    """
+    entropies = [entry["entropy"] for entry in log_history if "entropy" in entry]
+    pass_rates = [entry["eval_pass_rate"] for entry in log_history if "eval_pass_rate" in entry]
+    if pass_rates and pass_rates[-1] < 2 / 3 * max(pass_rates):
+        what = f"the validation pass rate fell from {max(pass_rates):.1%} to {pass_rates[-1]:.1%}"
+    elif entropies and entropies[-1] < entropies[0] / 2:
+        what = f"the policy's entropy fell from {entropies[0]:.3g} to {entropies[-1]:.3g}"
+    else:
+        return None
+    return (
+        f"the policy may be collapsing: {what}. Lower learning_rate, set beta above 0, or stop earlier; "
+        "load_best_model_at_end with metric_for_best_model: eval_pass_rate keeps the best checkpoint"
+    )

@@ -8,6 +8,7 @@ covered: images.
 The private names of TRL and transformers that this rests on are listed in `private_names.py`.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ from .adapters import keep_adapter_in_fp32, restored_base
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
-from .learning_signal import SignalWatch
+from .learning_signal import SignalWatch, collapse
 from .rollout import decode_completions, generate_completions
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer):
@@ -67,6 +70,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         self._rewards_per_func = None  # of the rollout in the making, shape (global_batch_size, functions)
         self._rollout_logps: list[torch.Tensor] | None = None  # its log-probabilities: the policy's, the reference's
         self._signal_watch = SignalWatch()
+        self._has_warned_of_collapse = False
         self._seconds = Counter()
         self._seconds_logged_at = None  # the step; a run may continue at any
 
@@ -338,6 +342,10 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             self._seconds.clear()
             self._seconds_logged_at = self.state.global_step
         super().log(logs, start_time)
+        if not self._has_warned_of_collapse and (warning := collapse(self.state.log_history)):
+            self._has_warned_of_collapse = True
+            if self.accelerator.is_main_process:
+                logger.warning(warning)
 
 
 class _StopOnBadGradient(TrainerCallback):
