@@ -14,9 +14,11 @@ Not covered here: GPU code, tasks that need a network, and languages other than 
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
+import resource
 import select
 import socket
 import struct
@@ -28,9 +30,14 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from .cores import usable_cores
+from .program import Program, Verdict, failed_parts
 from .wire import Channel
+
+if TYPE_CHECKING:
+    from .on_ray import RaySandbox
 
 __all__ = ["MAX_TIMEOUT", "Program", "RaySandbox", "Sandbox", "Verdict"]
 
@@ -50,56 +57,6 @@ def __getattr__(name: str):
     return RaySandbox
 
 
-@dataclass(frozen=True)
-class Program:
-    """One solution and the tests that it must pass.
-
-    Args:
-        solution (`str`): Untrusted source of a Python module.
-        tests (`str`): Trusted source. It may use `entry_point` and `candidate`, and define `check(candidate)`, which
-            is then called. Tests that never call the solution make the program an `error`.
-        entry_point (`str`): Name of the function that the solution must define. `"__main__"` makes the candidate a
-            function that runs the solution as a script: stdin text in, printed text out.
-        setup (`str`, defaults to `""`): Trusted source that is executed before the tests, such as a prompt with helpers
-            that the tests use.
-        inline (`bool`, defaults to `False`): Run tests and solution in one interpreter, for tasks whose values cannot
-            cross between processes. The solution can then cheat; a warning is logged.
-    """
-
-    solution: str
-    tests: str
-    entry_point: str
-    setup: str = ""
-    inline: bool = False
-
-    def __post_init__(self):
-        for name in ("solution", "tests", "entry_point", "setup"):
-            kind = type(getattr(self, name))
-            if kind is not str:
-                raise TypeError(f"{name} of a Program is of type {kind.__name__}: give a str")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of one program.
-
-    Args:
-        status (`str`): `passed`, `failed` (a test failed), `error` (the solution does not load, raised, or a value
-            cannot cross), `timeout`, `out_of_memory` or `crashed` (its process died or exited).
-        detail (`str`): One short line that explains the status; empty when passed.
-        seconds (`float`): Wall-clock time that it took.
-    """
-
-    status: str
-    detail: str
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every test passed."""
-        return self.status == "passed"
-
-
 class _Worker:
     """The caller's end of one worker."""
 
@@ -108,8 +65,9 @@ class _Worker:
     def __init__(self, number: int):
         self.number = number
         self.socket = None
-        self.numpy = False
+        self.packages = 0  # those that it has loaded, a bit each
         self.job = 0  # index of the program that it was given last
+        self.started = False  # whether it said that it has started that program's solution
         self.deadline = 0.0
 
     def close(self):
@@ -130,21 +88,32 @@ class Sandbox:
             interpreter, at least 64.
         isolation (`str`, defaults to `"auto"`): `"auto"` uses every feature of the cage that the kernel has and
             warns about those missing; `"strict"` raises if any is missing.
+        packages (`Iterable[str]`, *optional*): Names of installed packages that solutions may import, beside numpy, as
+            in `import`. A worker loads one when a program's solution or setup names it.
+        stdio_mb (`int`, defaults to `64`): Megabytes that the stdin of a script may hold, and its stdout.
 
     Raises:
-        `ValueError`: If an argument is out of range.
+        `ValueError`: If an argument is out of range, or a package is not installed.
         `RuntimeError`: If the workers do not start, or the cage is incomplete under `"strict"`.
     """
 
     def __init__(
-        self, workers: int | None = None, timeout: float = 5.0, memory_mb: int = 1024, isolation: str = "auto"
+        self,
+        workers: int | None = None,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+        isolation: str = "auto",
+        packages: Iterable[str] = (),
+        stdio_mb: int = 64,
     ):
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: give at least 1, or None for one per processor core")
-        _check(timeout, memory_mb, isolation)
-        self.workers = workers or _usable_cores()
+        _check(timeout, memory_mb, isolation, stdio_mb)
+        self._packages = ["numpy", *_installed(packages)]
+        self.workers = workers or usable_cores()
         self.timeout = timeout
         self.memory_mb = memory_mb
+        self.stdio_mb = stdio_mb
         self.strict = isolation == "strict"
         self._warned = False
         self._reset()
@@ -205,7 +174,7 @@ class Sandbox:
         self._pool = []
 
     def _run(self, programs):
-        verdicts = [None] * len(programs)
+        verdicts: list[Any] = [None] * len(programs)
         attempts = [0] * len(programs)
         waiting = deque(range(len(programs)))
         idle = list(self._pool)
@@ -213,12 +182,14 @@ class Sandbox:
         poll = select.poll()
         _warn_inline(programs)
 
-        def lost(job):
+        def lost(job, started=True):
             attempts[job] += 1
             if attempts[job] < MAX_ATTEMPTS:
                 waiting.appendleft(job)
-            else:
-                verdicts[job] = Verdict("crashed", f"its worker died {MAX_ATTEMPTS} times", 0.0)
+            else:  # once it has started, the solution may have caused it
+                status, when = ("crashed", "") if started else ("invalid", " before its solution started")
+                detail = f"its worker died {MAX_ATTEMPTS} times{when}"
+                verdicts[job] = Verdict(status, detail, 0.0, failed_parts(programs[job]))
 
         def idle_again(descriptor):
             poll.unregister(descriptor)
@@ -234,44 +205,52 @@ class Sandbox:
                 continue
             while waiting and idle:
                 worker = idle.pop()
-                self._assign(worker, waiting.popleft(), programs)
+                job = waiting.popleft()
+                self._assign(worker, job, programs[job], attempts[job] > 0)
                 busy[worker.channel.readable] = worker
                 poll.register(worker.channel.readable, select.POLLIN)
             replaced = []
             pause = next(iter(busy.values())).deadline - time.monotonic()
             for descriptor, _ in poll.poll(max(0, pause * 1000) + 1):
-                worker = idle_again(descriptor)
+                worker = busy[descriptor]
                 try:
-                    *fields, needs_restart = worker.channel.receive()
+                    answer = worker.channel.receive()
+                    if answer == "started":
+                        worker.started = True
+                        continue
+                    *fields, needs_restart = answer
                     verdicts[worker.job] = Verdict(*fields)
-                    if needs_restart:
-                        replaced.append(worker)
                 except (EOFError, ValueError, TypeError):
-                    lost(worker.job)  # the worker died
+                    lost(worker.job, worker.started)
+                    needs_restart = True
+                idle_again(descriptor)
+                if needs_restart:
                     replaced.append(worker)
             now = time.monotonic()
             while busy and now > (worker := next(iter(busy.values()))).deadline:
                 idle_again(worker.channel.readable)
                 seconds = self.timeout + GRACE_SECONDS + now - worker.deadline
-                verdicts[worker.job] = Verdict("timeout", f"no verdict within {self.timeout:g} s", seconds)
+                verdicts[worker.job] = Verdict(
+                    "timeout", f"no verdict within {self.timeout:g} s", seconds, failed_parts(programs[worker.job])
+                )
                 replaced.append(worker)
             self._replace(replaced)
         return verdicts
 
-    def _assign(self, worker, job, programs):
-        program = programs[job]
-        caged = program.solution + program.tests if program.inline else program.solution
-        if "numpy" in caged and not worker.numpy:
-            worker.numpy = True
+    def _assign(self, worker, job, program, again):
+        caged = program.setup + program.solution
+        if program.inline:
+            caged += program.tests if isinstance(program.tests, str) else "".join(program.tests)
+        named = sum(1 << bit for bit, name in enumerate(self._packages) if name in caged)
+        if named & ~worker.packages:
+            worker.packages |= named
             self._replace([worker])
         worker.job = job
+        worker.started = False
         worker.deadline = time.monotonic() + self.timeout + GRACE_SECONDS
-        try:
-            worker.channel.send_program(
-                [program.solution, program.tests, program.entry_point, program.setup, bool(program.inline)]
-            )
-        except OSError:
-            pass  # it died: reading will tell
+        fields = [program.solution, program.tests, program.entry_point, program.setup, bool(program.inline), again]
+        with contextlib.suppress(OSError):  # it died: reading will tell
+            worker.channel.send_program(fields)
 
     def _running(self):
         return self._shutdown is not None and self._process.poll() is None
@@ -284,9 +263,17 @@ class Sandbox:
             try:
                 return self._launch()
             except (EOFError, OSError) as error:
-                failure = error
+                failure = f"{error!r}{self._last_words()}"
         self._stop()
-        raise RuntimeError(f"the sandbox's server does not start: {failure!r}")
+        raise RuntimeError(f"the sandbox's server does not start: {failure}{_lowest_limits()}")
+
+    def _last_words(self):
+        if self._shutdown is None:
+            return ""
+        self._process.kill()
+        assert self._process.stderr is not None
+        lines = self._process.stderr.read().decode("utf-8", "replace").splitlines()
+        return f", {lines[-1]}" if lines else ""
 
     def _launch(self):
         self._server, server_end = socket.socketpair()
@@ -295,14 +282,16 @@ class Sandbox:
             "caller": os.getpid(),
             "timeout": self.timeout,
             "memory_mb": self.memory_mb,
-            "packages": [path for path in sys.path if path.endswith("-packages")],  # for numpy
+            "stdio_mb": self.stdio_mb,
+            "packages": self._packages,
+            "path": [path for path in sys.path if path.endswith("-packages")],
         }
         server = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", server, json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             pass_fds=[server_end.fileno()],
             env={},
             cwd="/",
@@ -343,14 +332,15 @@ class Sandbox:
             worker.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", SILENCE_SECONDS, 0))
         worker.channel = Channel(worker.socket.fileno())
         with worker_end:
-            message = worker.number.to_bytes(4, "little") + bytes([worker.numpy])
+            message = worker.number.to_bytes(4, "little") + worker.packages.to_bytes(8, "little")
             socket.send_fds(self._server, [message], [worker_end.fileno()])
 
     def _greet(self, worker):
         """Receive the report on a new worker's cage; raise or warn about missing features."""
-        (self._isolation,) = worker.channel.receive()
-        if type(self._isolation) is str:
-            raise RuntimeError(f"the sandbox cannot be set up: {self._isolation}")
+        (report,) = worker.channel.receive()
+        if type(report) is str:
+            raise RuntimeError(f"the sandbox cannot be set up: {report}{_lowest_limits()}")
+        self._isolation = report
         missing = "; ".join(f"{name} ({text})" for name, text in self._isolation.items() if text != "active")
         if missing and self.strict:
             self._stop()
@@ -360,13 +350,33 @@ class Sandbox:
             warnings.warn(f"the cage of untrusted code is incomplete here: {missing}", RuntimeWarning, stacklevel=5)
 
 
-def _check(timeout, memory_mb, isolation):
+def _check(timeout, memory_mb, isolation, stdio_mb):
     if not 0 < timeout <= MAX_TIMEOUT:
         raise ValueError(f"timeout={timeout}: give seconds above 0 and up to {MAX_TIMEOUT}")
     if memory_mb < 64:
         raise ValueError(f"memory_mb={memory_mb}: give at least 64, such as 1024")
+    if not 1 <= stdio_mb <= 1024:
+        raise ValueError(f"stdio_mb={stdio_mb}: give 1 to 1024")
     if isolation not in ("auto", "strict"):
         raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
+
+
+def _installed(packages):
+    packages = list(dict.fromkeys(packages))
+    for name in packages:
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise ValueError(f"packages: there is no module {name!r} to import here: pip install it first")
+    if len(packages) > 60:
+        raise ValueError(f"packages: {len(packages)} names are too many: give at most 60")
+    return packages
+
+
+def _lowest_limits():
+    """Return the limits of this process that can keep a sandbox from starting, as text."""
+    names = {"RLIMIT_AS": "ulimit -v", "RLIMIT_NPROC": "ulimit -u", "RLIMIT_NOFILE": "ulimit -n"}
+    hard = {names[name]: resource.getrlimit(getattr(resource, name))[1] for name in names if hasattr(resource, name)}
+    limits = [f"{name} is {value}" for name, value in hard.items() if value != resource.RLIM_INFINITY]
+    return f" (limits here: {', '.join(limits)})" if limits else ""
 
 
 def _warn_inline(programs):
@@ -384,8 +394,5 @@ def _stop(pid, process, server):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _usable_cores():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if process.stderr is not None:
+            process.stderr.close()

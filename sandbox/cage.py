@@ -137,22 +137,30 @@ def _clone(namespaces):
 
 
 def enter(
-    memory_mb: int, timeout: float, pids_failure: str | None = None
-) -> tuple[dict[str, str], Callable[[], object]]:
+    memory_mb: int, timeout: float, stdio_mb: int, packages: list[str], pids_failure: str | None = None
+) -> tuple[dict[str, str], Callable[[bool], object]]:
     """Cage this process for good.
 
     Args:
         memory_mb (`int`): Megabytes of address space for each child, beside what this process has now.
         timeout (`float`): Seconds that a child may live; bounds its processor time.
+        stdio_mb (`int`): Megabytes that each file of a script may have.
+        packages (`list[str]`): Folders and files of installed packages that a child may read.
         pids_failure (`str`, *optional*): Why `fork_apart` made no namespace.
 
     Returns:
         `tuple[dict[str, str], Callable]`: Why each feature that is not active is missing, and a function that each
-        child must call for itself, which raises `OSError` when it fails.
+        child must call for itself, saying whether it is a script; it raises `OSError` when it fails.
     """
     if not LINUX:
-        _limit_resources(memory_mb << 20, 0)
-        return dict.fromkeys(FEATURES, f"{sys.platform} has no such feature"), lambda: _limit_processor(timeout)
+        _limit_resources(memory_mb << 20, stdio_mb << 20)
+
+        def limit_elsewhere(is_script):
+            _limit_processor(timeout)
+            if not is_script:
+                _set_limit(resource.RLIMIT_FSIZE, 0)
+
+        return dict.fromkeys(FEATURES, f"{sys.platform} has no such feature"), limit_elsewhere
     missing = {} if pids_failure is None else {"pid namespace": pids_failure}
 
     def attempt(feature, function, *arguments):
@@ -167,14 +175,14 @@ def enter(
         _write_text("/proc/self/oom_score_adj", "1000")  # the kernel's first choice when memory runs out
     for flag, name in ((NEW_NET, "net"), (NEW_IPC, "ipc"), (NEW_UTS, "uts")):
         attempt(f"{name} namespace", _unshare, flag)
-    attempt("private files", _private_files)
+    attempt("private files", _private_files, packages)
     os.chdir(SCRATCH if "private files" not in missing else "/")
-    attempt("landlock", _landlock, "private files" not in missing)
+    attempt("landlock", _landlock, "private files" not in missing, packages)
     # After Landlock, whose rules name folders: nobody may have no access to a library in root's home
     attempt("unprivileged user", _become_nobody)
     attempt("thread limit", _limit_threads)
     attempt("no capabilities", _drop_capabilities)
-    _limit_resources(memory, 0 if "private files" in missing else SCRATCH_BYTES)
+    _limit_resources(memory, max(SCRATCH_BYTES, stdio_mb << 20))
     hide()
     die_with_parent()  # after the change of user, which would undo it
     child_filter = None
@@ -184,9 +192,11 @@ def enter(
         _install(seccomp.zygote_filter())
         child_filter = seccomp.child_filter()
     except OSError as error:
-        missing["seccomp"] = error.strerror
+        missing["seccomp"] = error.strerror or str(error)
 
-    def limit_child():
+    def limit_child(is_script):
+        if "private files" in missing and not is_script:  # it has no file that it may write
+            _set_limit(resource.RLIMIT_FSIZE, 0)
         if "pid namespace" in missing:  # it could outlive the zygote
             die_with_parent()
             _limit_processor(timeout)
@@ -220,8 +230,8 @@ def _installed_packages(folder):
     return [entry.path for entry in os.scandir(folder) if entry.name.endswith("-packages")]
 
 
-def _private_files():
-    """Make a private root: the standard library, read-only, and an empty scratch folder in memory."""
+def _private_files(packages):
+    """Make a private root: the standard library and packages, read-only, and a scratch folder in memory."""
     _unshare(NEW_MOUNTS)
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     root = "/proc"  # any folder that is not needed any more
@@ -229,8 +239,13 @@ def _private_files():
     for folder in LIBRARY_FOLDERS:
         os.makedirs(root + folder)
         _mount(folder, root + folder, None, MS_BIND | MS_REC)
-        for packages in _installed_packages(folder):
-            _mount("tmpfs", root + packages, "tmpfs", MS_NOSUID, "size=4k,nr_inodes=2")
+        for hidden in _installed_packages(folder):
+            _mount("tmpfs", root + hidden, "tmpfs", MS_NOSUID, "size=64k,nr_inodes=256")
+    for path in packages:
+        os.makedirs(root + (path if os.path.isdir(path) else os.path.dirname(path)), exist_ok=True)
+        if not os.path.isdir(path):
+            os.close(os.open(root + path, os.O_CREAT | os.O_WRONLY))
+        _mount(path, root + path, None, MS_BIND | MS_REC)
     os.mkdir(root + "/dev")
     os.close(os.open(root + NULL, os.O_CREAT | os.O_WRONLY))
     _mount(NULL, root + NULL, None, MS_BIND)
@@ -276,9 +291,14 @@ def _limit_resources(memory, file_bytes):
         _set_limit(name, limit)
 
 
-def _set_limit(name, limit):
+def _set_limit(name, soft, hard=None):
+    """Lower a limit. One that is lower already stays, as only root may raise it."""
+    hard = soft if hard is None else hard
+    now = resource.getrlimit(name)[1]
+    if now != resource.RLIM_INFINITY:
+        soft, hard = min(soft, now), min(hard, now)
     try:
-        resource.setrlimit(name, (limit, limit))
+        resource.setrlimit(name, (soft, hard))
     except (OSError, ValueError):
         if LINUX:  # macOS has the names of some limits, but not the limits
             raise
@@ -301,7 +321,7 @@ def _limit_threads():
 
 def _limit_processor(timeout):
     seconds = int(timeout) + 2  # a last resort: the judge has it killed long before
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    _set_limit(resource.RLIMIT_CPU, seconds, seconds + 1)
 
 
 class _PathRule(ctypes.Structure):
@@ -309,7 +329,7 @@ class _PathRule(ctypes.Structure):
     _fields_ = [("rights", ctypes.c_uint64), ("folder", ctypes.c_int32)]
 
 
-def _landlock(scratch):
+def _landlock(scratch, packages):
     abi = _syscall(LANDLOCK_CREATE, "landlock", None, ctypes.c_size_t(0), 1)
     handled = (1 << FILE_BITS.get(abi, 16)) - 1
     attributes = (ctypes.c_uint64 * 3)(handled, ALL_NET if abi >= 4 else 0, ALL_SCOPES if abi >= 6 else 0)
@@ -330,6 +350,8 @@ def _landlock(scratch):
             # Debian links to files that may not be installed
             if entry.path not in _installed_packages(folder) and os.path.exists(entry.path):
                 allow(entry.path, READ_FILE | READ_DIR)
+    for path in packages:
+        allow(path, READ_FILE | READ_DIR)
     allow(NULL, READ_FILE | WRITE_FILE)
     if scratch:
         writing = WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | REFER | TRUNCATE

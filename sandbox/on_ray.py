@@ -5,8 +5,8 @@
 
 An actor on each node owns sandboxes of one worker, one per core, so a slow program delays only its own core. The driver
 sends each actor small chunks of programs, at most one more than it has workers. Ray's own retries are off: a chunk's
-verdicts come from the one call that carries it, and when that call fails, its actor is killed and its programs run again
-in another. So no verdict is lost or counted twice.
+verdicts come from the one call that carries it. When that call fails, its actor is killed and its programs run again in
+another. So no verdict is lost or counted twice.
 
 Not covered here: the cage, which every node takes from its local sandbox (__init__.py), and starting the cluster.
 """
@@ -23,8 +23,10 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from . import GRACE_SECONDS, MAX_ATTEMPTS, Program, Sandbox, Verdict, _check, _warn_inline
+from .program import failed_parts
 
 CONNECT_SECONDS = 30  # for the cluster to answer
 START_SECONDS = 30  # for an actor to start
@@ -86,7 +88,7 @@ class _Actor:
 class RaySandbox:
     """A `Sandbox` on the nodes of a Ray cluster. Use it as a context manager, or call `close`.
 
-    A node grades as many programs at once as Ray counts CPUs on it: `ray start --num-cpus=0` excludes a node. The actors
+    A node grades as many programs at once as Ray counts CPUs on it: `ray start --num-cpus=0` excludes it. The actors
     reserve no CPUs, so each process of a distributed training may have a `RaySandbox`. Every node needs this package
     and the same versions of Python and Ray. Nodes that join are used from the next `run` on; lost nodes are skipped.
     Threads may share one: their batches take turns. A fork of the caller must not use it.
@@ -101,6 +103,8 @@ class RaySandbox:
             interpreter, at least 64.
         isolation (`str`, defaults to `"auto"`): `"auto"` uses every feature of the cage that a node's kernel has and
             warns about those missing; `"strict"` excludes nodes where any is missing.
+        packages (`Iterable[str]`, *optional*): Installed packages that solutions may import, on every node.
+        stdio_mb (`int`, defaults to `64`): Megabytes that the stdin of a script may hold, and its stdout.
 
     Raises:
         `ValueError`: If an argument is out of range.
@@ -116,18 +120,19 @@ class RaySandbox:
         timeout: float = 5.0,
         memory_mb: int = 1024,
         isolation: str = "auto",
+        packages: Iterable[str] = (),
+        stdio_mb: int = 64,
     ):
-        _check(timeout, memory_mb, isolation)
+        _check(timeout, memory_mb, isolation, stdio_mb)
         if actors is not None and actors < 1:
             raise ValueError(f"actors={actors}: give at least 1, or None for one per node")
         if address is not None and "://" in address:
-            raise ValueError(
-                f'address="{address}": write host:port, and join this host to the cluster with `ray start --address=...`'
-            )
+            raise ValueError(f'address="{address}": write host:port, and run `ray start --address=...` on this host')
         _ray()
         self.address = address
         self.actors = actors or 1
         self._settings = {"timeout": timeout, "memory_mb": memory_mb, "isolation": isolation}
+        self._settings |= {"packages": list(packages), "stdio_mb": stdio_mb}
         self._call_seconds = PATIENCE_SECONDS + 2 * CHUNK * (timeout + GRACE_SECONDS)
         self._lock = threading.Lock()
         self._actors = []
@@ -191,7 +196,7 @@ class RaySandbox:
         self.close()
 
     def _run(self, programs):
-        verdicts = [None] * len(programs)
+        verdicts: list[Any] = [None] * len(programs)
         attempts = [0] * len(programs)
         waiting = deque(job for first in range(STRIDE) for job in range(first, len(programs), STRIDE))
         left = len(programs)
@@ -208,7 +213,8 @@ class RaySandbox:
                     ended = [job for job in jobs if attempts[job] == MAX_ATTEMPTS]
                     waiting.extendleft(job for job in jobs if attempts[job] < MAX_ATTEMPTS)
                     jobs = ended
-                    answer = [Verdict("crashed", f"its actor or node died {MAX_ATTEMPTS} times", 0.0)] * len(ended)
+                    detail = f"its actor or node died {MAX_ATTEMPTS} times"  # which the solution may have caused
+                    answer = [Verdict("crashed", detail, 0.0, failed_parts(programs[job])) for job in ended]
                 for job, verdict in zip(jobs, answer, strict=True):
                     verdicts[job] = verdict
                 left -= len(jobs)
@@ -338,7 +344,7 @@ class RaySandbox:
         self._actors = []
 
 
-def _ray():
+def _ray() -> Any:
     """Import Ray, which only this file needs, and return it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

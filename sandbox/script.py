@@ -8,58 +8,41 @@ Not covered here: how calls reach a solution and how its answers are judged (sol
 
 import atexit
 import contextlib
-import io
 import os
 import sys
 import types
 
+STDIN, STDOUT = 5, 6  # descriptors of nameless files that the judge made, writes and reads
 
-def run(code: types.CodeType, text: str, module: types.ModuleType) -> str:
+
+def run(code: types.CodeType, setup: types.CodeType | None, module: types.ModuleType) -> None:
     """Run a script in a solution process. `sys.exit` is a normal end, unless its code says that the script failed.
 
     Args:
         code (`types.CodeType`): The compiled script.
-        text (`str`): What it reads from stdin.
+        setup (`types.CodeType`, *optional*): What is executed before it.
         module (`types.ModuleType`): Its `__main__`.
-
-    Returns:
-        `str`: What it printed.
 
     Raises:
         `SystemExit`: If the script exits with a code other than 0.
         `BaseException`: Whatever the script raises.
     """
-    for descriptor in (0, 1):  # its last run may have closed them, and no other file may get their numbers
-        os.dup2(2, descriptor)
-    stdin, stdout = _nameless_file(text.encode("utf-8", "surrogatepass")), _nameless_file()
-    sys.stdin = sys.__stdin__ = _text_stream(stdin, 0, "r")
-    sys.stdout = sys.__stdout__ = _text_stream(stdout, 1, "w")
+    for descriptor, file in ((0, STDIN), (1, STDOUT)):  # its last run may have closed them
+        os.dup2(file, descriptor)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogatepass", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(  # noqa: SIM115
+        1, "w", encoding="utf-8", errors="surrogatepass", closefd=False
+    )
     try:
+        if setup is not None:
+            exec(setup, module.__dict__)
         exec(code, module.__dict__)
     except SystemExit as error:
         if error.code not in (None, 0):
             raise
     finally:
         _finish()
-    stdout.seek(0)
-    return stdout.read().decode("utf-8", "replace")
-
-
-def _nameless_file(content=b""):
-    try:
-        file = open(os.open(".", os.O_TMPFILE | os.O_RDWR), "w+b")
-    except (AttributeError, OSError):  # not Linux, or no scratch folder: a script then has no descriptors
-        file = io.BytesIO()
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def _text_stream(file, descriptor, mode):
-    if isinstance(file, io.BytesIO):
-        return io.TextIOWrapper(file, "utf-8", "surrogatepass")
-    os.dup2(file.fileno(), descriptor)
-    return open(descriptor, mode, encoding="utf-8", errors="surrogatepass", closefd=False)
 
 
 def _finish():
@@ -67,7 +50,7 @@ def _finish():
     while threads := _unfinished_threads():
         threads[0].join()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.__stdout__):
+    for stream in filter(None, (sys.stdout, sys.__stdout__)):
         with contextlib.suppress(OSError, ValueError):  # the script closed it
             stream.flush()
 

@@ -7,6 +7,7 @@ server, the zygote with the judge.
 Not covered here: the caller's side, which starts this file and talks to it (__init__.py).
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` leaves out the script's own folder
@@ -30,7 +32,7 @@ PRELOADED = (
     " copy operator hashlib"
     " binascii zlib"  # for base64, secrets and zipfile: a solution cannot reach the system library that they need
 ).split()
-# With these loaded, numpy imports nothing more when a solution uses it. A solution cannot read numpy's files.
+# Loaded together with numpy, which would import them later, when a solution first uses them.
 NUMPY = (
     "numpy numpy.char numpy.ctypeslib numpy.fft numpy.lib.recfunctions numpy.linalg numpy.ma numpy.polynomial"
     " numpy.random numpy.rec numpy.typing"
@@ -58,7 +60,9 @@ def worker(number: int, descriptor: int, settings: dict[str, Any]) -> NoReturn:
         os.closerange(solution.CONTROL + 1, 64)
         report = wire.Channel(control.fileno())
         try:
-            missing, limit_child = cage.enter(settings["memory_mb"], settings["timeout"], pids_failure)
+            missing, limit_child = cage.enter(
+                settings["memory_mb"], settings["timeout"], settings["stdio_mb"], package_files(), pids_failure
+            )
         except Exception as error:
             report.send([f"{type(error).__name__}: {error}"])
             raise
@@ -69,7 +73,7 @@ def worker(number: int, descriptor: int, settings: dict[str, Any]) -> NoReturn:
     cage.limit_judge(settings["memory_mb"])
     caller = wire.Channel(descriptor)
     caller.send(wire.Channel(judge_end.fileno()).receive())
-    judge.judge(caller, judge_end, settings["timeout"])
+    judge.judge(caller, judge_end, settings["timeout"], settings["stdio_mb"])
 
 
 def pin(number: int) -> None:
@@ -97,12 +101,13 @@ def serve(control: socket.socket, caller: int, settings: dict[str, Any]) -> None
     poll.register(control, select.POLLIN)
     while os.getppid() == caller:
         if poll.poll(500):
-            message, descriptors, _, _ = socket.recv_fds(control, 5, 1)
+            message, descriptors, _, _ = socket.recv_fds(control, 12, 1)
             if not message:
                 break
-            number, with_numpy = int.from_bytes(message[:4], "little"), message[4]
-            if with_numpy:
-                load(NUMPY)
+            number, wanted = int.from_bytes(message[:4], "little"), int.from_bytes(message[4:], "little")
+            for bit, name in enumerate(settings["packages"]):
+                if wanted >> bit & 1:
+                    load(NUMPY if name == "numpy" else [name])
             if number in workers:
                 os.kill(workers.pop(number), signal.SIGKILL)
             pid = os.fork()
@@ -127,15 +132,21 @@ def reap(workers: dict[int, int], options: int) -> None:
         pass
 
 
-def load(names: list[str]) -> None:
-    """Import modules for the workers to inherit; skip those that are not installed."""
-    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # a forked thread pool would hang
+def load(names: Iterable[str]) -> None:
+    """Import modules for the workers to inherit; skip those that fail, as a solution will get the same error."""
     for name in names:
-        try:
+        with contextlib.suppress(Exception):
             importlib.import_module(name)
-        except ImportError:
-            pass  # a solution that imports it gets the same error
-    os.environ.clear()
+
+
+def package_files() -> list[str]:
+    """Return the folders and files of the installed packages that are loaded, which import more of them when used."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if "." not in name and file and "-packages" in file:
+            found.add(os.path.dirname(file) if os.path.basename(file).startswith("__init__.") else file)
+    return sorted(found)
 
 
 if __name__ == "__main__":
@@ -143,9 +154,14 @@ if __name__ == "__main__":
     sys.argv[:] = sys.orig_argv[:] = [""]  # solutions inherit them
     try:
         cage.adopt_orphans()
-        sys.path += settings["packages"]
+        sys.path += settings["path"]
+        sys.set_int_max_str_digits(0)  # for solutions and tests
+        os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # a forked thread pool would hang
         load(PRELOADED)
         solution.warm_up()
+        os.dup2(0, 2)  # from here on nothing is said on stderr, which workers inherit
         serve(socket.socket(fileno=settings["control"]), settings["caller"], settings)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(0)

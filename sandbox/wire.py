@@ -1,18 +1,30 @@
 """The wire format: which values cross between the judge and a solution, and in which bytes.
 
+- None, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, range, Decimal, Fraction, date, time,
+  datetime (without a time zone, or with a fixed offset) and timedelta cross as they are, in both directions.
+- A result may also be a Counter, OrderedDict or defaultdict, which arrives as the dict it equals; a namedtuple, which
+  arrives as a tuple; a numpy scalar, as a Python number; or a numpy array, as nested lists.
+- Nothing else crosses: not an instance of a class, nor of a subclass of the types above, nor a generator.
+
 A solution writes length-framed JSON. Lists, strings, numbers, booleans and None are themselves; every other type is an
 object with one key, which names the type. The decoder knows these few names and nothing else, so hostile bytes become a
 plain value or a `ValueError`, never code. Size, depth and number of items are bounded. The judge writes marshal to a
-solution, after checking that the value is as plain. The caller sends programs to the judge as marshal too, of any size.
+solution where the value consists of types that marshal has, else JSON too. The caller sends programs to the judge as
+marshal, of any size.
 
 Not covered here: what the messages mean (judge.py, solution.py).
 """
 
 import collections
+import datetime
 import json
 import marshal
 import os
 import sys
+import types
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from math import isfinite
 from typing import Any
 
@@ -28,11 +40,19 @@ class CannotCross(Exception):
     """Raised for a value that is not plain data or is too large to send."""
 
 
-def encode(value: Any) -> bytes:
-    """Return `value` as bytes; raise `CannotCross` for anything but bounded values of exactly builtin types."""
+def encode(value: Any, exact: bool = False) -> bytes:
+    """Return `value` as bytes.
+
+    Args:
+        value: Any value.
+        exact (`bool`, defaults to `False`): Refuse types that would arrive as another.
+
+    Raises:
+        `CannotCross`: If the value is of a type that does not cross, or out of bounds.
+    """
     try:
         # Raw UTF-8 with "surrogatepass": \\u escapes would join two lone surrogates into one character.
-        data = _text(value, MAX_DEPTH, [MAX_ITEMS]).encode("utf-8", "surrogatepass")
+        data = _text(value, MAX_DEPTH, [MAX_ITEMS], exact).encode("utf-8", "surrogatepass")
     except RecursionError:
         raise CannotCross("a value is nested too deeply to cross") from None
     return _bounded(data)
@@ -44,7 +64,7 @@ def _bounded(data):
     return data
 
 
-def _text(value, depth, counter):
+def _text(value, depth, counter, exact):
     kind = type(value)
     if kind is int:
         return str(value) if -SMALL_INT < value < SMALL_INT else f'{{"int":"{value:x}"}}'
@@ -61,7 +81,11 @@ def _text(value, depth, counter):
     if kind is complex:
         return f'{{"complex":[{_dumps(value.real)},{_dumps(value.imag)}]}}'
     if kind not in _CONTAINERS:
-        return _text(_equal_builtin(value, kind), depth, counter)
+        name = _NAMES.get(kind)
+        if name and not getattr(value, "fold", 0):
+            content = _text(_PARTS[name](value), depth, counter, exact)
+            return f'{{"{name}":{content}}}'
+        return _text(_equal_builtin(value, kind, exact), depth, counter, exact)
     counter[0] -= len(value)
     if counter[0] < 0:
         raise CannotCross(f"a value of more than {MAX_ITEMS} items cannot cross")
@@ -69,24 +93,34 @@ def _text(value, depth, counter):
         raise CannotCross(f"a value nested more than {MAX_DEPTH} levels deep cannot cross")
     depth -= 1
     if kind is dict:
-        pairs = [f"[{_text(key, depth, counter)},{_text(item, depth, counter)}]" for key, item in value.items()]
+        pairs = [
+            f"[{_text(key, depth, counter, exact)},{_text(item, depth, counter, exact)}]" for key, item in value.items()
+        ]
         return f'{{"dict":[{",".join(pairs)}]}}'
-    items = ",".join([_text(item, depth, counter) for item in value])
+    items = ",".join([_text(item, depth, counter, exact) for item in value])
     return f"[{items}]" if kind is list else f'{{"{kind.__name__}":[{items}]}}'
 
 
-def _equal_builtin(value, kind):
+def _equal_builtin(value, kind, exact):
     """Return the builtin value that stands in for one of a well-known type; raise `CannotCross` for other types."""
+    if exact:
+        raise _foreign(kind)
     if kind in (collections.Counter, collections.OrderedDict, collections.defaultdict):
         return dict(value)
+    if tuple in kind.__bases__ and type(getattr(kind, "_fields", None)) is tuple:
+        return tuple(tuple.__iter__(value))
     numpy = sys.modules.get("numpy")
+    if numpy and kind is numpy.ndarray:
+        return value.tolist()
     if numpy and kind.__module__ == "numpy" and isinstance(value, numpy.generic) and type(value.item()) is not kind:
         return value.item()
     raise _foreign(kind)
 
 
 def _foreign(kind):
-    return CannotCross(f"a value of type {_name(kind)} cannot cross: only plain builtin values do")
+    if kind is types.GeneratorType:
+        return CannotCross("a generator cannot cross: make it a list")
+    return CannotCross(f"a value of type {_name(kind)} cannot cross: only plain values do")
 
 
 def _name(kind):
@@ -125,7 +159,7 @@ def decode(data: bytes) -> Any:
     try:
         text = data.decode("utf-8", "surrogatepass")
         value, end = _scan(text)
-    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, RecursionError, ArithmeticError) as error:
         raise ValueError(f"not a frame: {type(error).__name__}") from None
     if end != len(text):
         raise ValueError("not a frame: bytes follow its value")
@@ -139,7 +173,13 @@ def _unpack(pairs):
     return _TAGS[tag](content) if tag in _TAGS else _refuse(tag)
 
 
-_scan = json.JSONDecoder(object_pairs_hook=_unpack).raw_decode  # json.loads would make a decoder for each value
+def _short_int(text):
+    # A longer one travels in hexadecimal, as decimal digits take quadratic time
+    return int(text) if len(text) <= 20 else _refuse(text)
+
+
+# json.loads would make a decoder for each value
+_scan = json.JSONDecoder(object_pairs_hook=_unpack, parse_int=_short_int).raw_decode
 
 
 def _refuse(tag):
@@ -150,8 +190,17 @@ def _sequence(kind):
     return lambda content: kind(content) if type(content) is list else _refuse(kind)
 
 
-def _number(content):
-    return int(content, 16) if type(content) is str else _refuse(int)
+def _from_text(function):
+    return lambda content: function(content) if type(content) is str else _refuse(function)
+
+
+def _from_ints(function, count):
+    def build(content):
+        if type(content) is not list or [*map(type, content)] != [int] * count:
+            _refuse(function)
+        return function(*content)
+
+    return build
 
 
 def _complex(content):
@@ -159,14 +208,46 @@ def _complex(content):
     return complex(real, imag) if type(real) is type(imag) is float else _refuse(complex)
 
 
-_TAGS = {
-    "int": _number,
-    "bytes": bytes.fromhex,
+def _timed(value):
+    """Return the ISO text of a time or datetime; refuse time zones that the text does not determine."""
+    if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
+        raise _foreign(type(value.tzinfo))
+    return value.isoformat()
+
+
+_TAGS: dict[str, Callable] = {
+    "int": _from_text(lambda text: int(text, 16)),
+    "bytes": _from_text(bytes.fromhex),
     "complex": _complex,
     "tuple": _sequence(tuple),
     "set": _sequence(set),
     "frozenset": _sequence(frozenset),
     "dict": _sequence(dict),
+    "range": _from_ints(range, 3),
+    "decimal": _from_text(Decimal),
+    "fraction": _from_ints(Fraction, 2),
+    "date": _from_text(datetime.date.fromisoformat),
+    "time": _from_text(datetime.time.fromisoformat),
+    "datetime": _from_text(datetime.datetime.fromisoformat),
+    "timedelta": _from_ints(datetime.timedelta, 3),
+}
+_NAMES = {
+    range: "range",
+    Decimal: "decimal",
+    Fraction: "fraction",
+    datetime.date: "date",
+    datetime.time: "time",
+    datetime.datetime: "datetime",
+    datetime.timedelta: "timedelta",
+}
+_PARTS: dict[str, Callable] = {
+    "range": lambda value: [value.start, value.stop, value.step],
+    "decimal": str,
+    "fraction": lambda value: [value.numerator, value.denominator],
+    "date": datetime.date.isoformat,
+    "time": _timed,
+    "datetime": _timed,
+    "timedelta": lambda value: [value.days, value.seconds, value.microseconds],
 }
 
 
@@ -206,17 +287,20 @@ class Channel:
         self.send_bytes(encode(value))
 
     def send_trusted(self, value: Any) -> None:
-        """Send a plain value to a solution, as marshal: fast, and unsafe only for the process that reads it."""
+        """Send a plain value to a solution, as marshal if it can be: fast, and unsafe only for the reader."""
         try:
             check(value)
             data = marshal.dumps(value)
         except (RecursionError, ValueError):
             raise CannotCross("a value is nested too deeply to cross") from None
+        except CannotCross:
+            data = encode(value, exact=True)
         self.send_bytes(_bounded(data))
 
     def receive_trusting(self) -> Any:
         """Return the next value of a sender that is trusted."""
-        return marshal.loads(self.receive_bytes())
+        data = self.receive_bytes()
+        return decode(data) if data[:1] in (b"{", b"[") else marshal.loads(data)
 
     def send_program(self, fields: list) -> None:
         """Send a program's fields, of any size, to the judge, which trusts the caller."""

@@ -180,6 +180,35 @@ FALSE_PASS = {
     "environment": attack("passed", "import os\nf = lambda x: dict(os.environ)", "assert f(3) == {}"),
 }  # fmt: skip
 
+# A trainer leaves out what is `invalid`: no solution may choose that over a failure
+FALSE_INVALID = {
+    "tests that fail only because they hear nothing": attack(
+        "failed", "def f(x):\n    while True: pass", "import threading\nt = threading.Thread(target=f, args=[3])\nt.start()\nt.join(0.1)\n1 / 0"
+    ),
+    "result that is too large for the next argument": attack("error", "f = lambda x: 'x' * (15 << 20)", "assert f(f(3) * 2) == 4"),
+    "result that is too deep for the next argument": attack(
+        "error", "def f(x):\n    v = []\n    for _ in range(98):\n        v = [v]\n    return v", "assert f([[f(3)]]) == 4"
+    ),
+    "result that chooses an argument that cannot cross": attack("error", "f = lambda x: 1", "assert f([3, object()][f(3)]) == 4"),
+    "argument that cannot cross after a call that raised": attack(
+        "error", "def f(x):\n    raise ValueError", "try:\n    f(3)\nexcept ValueError as error:\n    f(error)"
+    ),
+    "setup refused, it says": attack(
+        "failed|error", "import os\nfor data in (b'[\"raised\",\"OSError\",{\"tuple\":[]},\"\",\"\"]', b'[\"invalid\",\"\"]'):\n    os.write(3, len(data).to_bytes(4, 'little') + data)\nf = lambda x: 0"
+    ),
+    "invalid, it says": attack(
+        "error", "import os\ndef f(x):\n    data = b'[\"invalid\",\"\"]'\n    os.write(3, len(data).to_bytes(4, 'little') + data)"
+    ),
+    "setup's functions broken": attack("error", "import sys, builtins\nbuiltins.__import__ = None\nf = lambda x: helper(x)"),
+    "dead before the first call": attack("crashed", "import os, threading\nthreading.Timer(0.01, os._exit, [0]).start()\nf = lambda x: x", "import time\ntime.sleep(0.1)\nf(3)"),
+    "death on load": attack("crashed", "import os\nos.kill(os.getpid(), 9) if False else os.abort()"),
+    "hangs on load": attack("timeout", "while True: pass"),
+    "names that the tests look for": attack("error", "candidate = None", "f(3)"),
+    "exception by the name of a test's end": attack("error", "def f(x): raise type('TimeUp', (BaseException,), {})()", "f(3)"),
+    "answers that fill the tests' memory": attack("failed|error", "f = lambda x: 10 ** 12", "[0] * f(3)"),
+    "answer that kills the worker": attack("crashed", "f = lambda x: 4", "import os\nos._exit(f(3))"),
+}  # fmt: skip
+
 ESCAPES = {
     **{
         f"socket of family {family}": raises(f"socket.socket(socket.{family}, socket.SOCK_{kind})", "import socket")

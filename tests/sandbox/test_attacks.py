@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from attacks import ABUSES, ESCAPES, FALSE_PASS, SECRET
+from attacks import ABUSES, ESCAPES, FALSE_INVALID, FALSE_PASS, SECRET
 
 from sandbox import Program, Sandbox
 
@@ -41,7 +41,9 @@ def footprint(sandbox):
     }
 
 
-@pytest.mark.parametrize("attacks", [FALSE_PASS, ESCAPES, ABUSES], ids=["false pass", "escape", "abuse"])
+@pytest.mark.parametrize(
+    "attacks", [FALSE_PASS, FALSE_INVALID, ESCAPES, ABUSES], ids=["false pass", "false invalid", "escape", "abuse"]
+)
 def test_attacks(sandbox, attacks):
     if LINUX:
         before, workers = footprint(sandbox), children(sandbox._process.pid)
@@ -59,9 +61,10 @@ def test_attacks(sandbox, attacks):
     assert {verdict.status for verdict in verdicts[1::2]} == {"passed"}
     if LINUX:
         assert footprint(sandbox) == before
-        # Only a timeout costs a worker; the abuses have more of them than there are workers
+        # Only a timeout costs a worker; these have more of them than there are workers, or tests that cost one
         timeouts = [verdict.status for verdict in verdicts].count("timeout")
-        assert attacks is ABUSES or len(set(workers) - set(children(sandbox._process.pid))) == timeouts
+        costly = attacks is ABUSES or attacks is FALSE_INVALID
+        assert costly or len(set(workers) - set(children(sandbox._process.pid))) == timeouts
     for folder in ("/etc", "/dev/shm", "/var/tmp", "/", "/tmp", os.path.dirname(os.__file__)):
         assert not [name for name in os.listdir(folder) if "sandbox_was_here" in name]
 

@@ -62,7 +62,7 @@ def test_tests_and_setup_may_define_dataclasses(sandbox, inline):
 @pytest.mark.parametrize("tests", ["", "def test_f():\n    assert f(3) == 5", "assert callable(candidate)"])
 def test_tests_that_never_call_the_solution_pass_nothing(sandbox, tests):
     (verdict,) = sandbox.run([Program(GOOD.solution, tests, "f")])
-    assert (verdict.status, verdict.detail) == ("error", "the tests never call f")
+    assert (verdict.status, verdict.detail) == ("invalid", "the tests never call f")
 
 
 @pytest.mark.parametrize(

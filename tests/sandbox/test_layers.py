@@ -91,3 +91,31 @@ def an_ordinary_user_can_start(python):
         return subprocess.run(command, user=ORDINARY_USER, cwd="/", stderr=subprocess.DEVNULL).returncode == 0
     except OSError:
         return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has these limits")
+@pytest.mark.parametrize(
+    "limit, status", [("ulimit -f 100", "passed"), ("ulimit -v 1000000", "passed"), ("ulimit -v 90000", None)]
+)
+@pytest.mark.parametrize("user", [None, ORDINARY_USER])
+def test_limits_are_lowered_never_raised(limit, status, user):
+    """Under limits of the caller's shell the sandbox starts, or says which of them keeps it from that."""
+    python = next(filter(an_ordinary_user_can_start, (PYTHON, "/usr/bin/python3")), PYTHON) if user else PYTHON
+    if user and (os.geteuid() != 0 or not an_ordinary_user_can_start(python)):
+        pytest.skip("only root can become another user, who must be able to start Python")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(ROOT / "sandbox", f"{folder}/sandbox", ignore=shutil.ignore_patterns("__pycache__"))
+        script = (
+            f"import sys; sys.path.insert(0, {folder!r})\n"
+            "from sandbox import Program, Sandbox\n"
+            "with Sandbox(workers=1) as sandbox:\n"
+            "    print(sandbox.run([Program('f = abs', 'assert f(-1) == 1', 'f')])[0].status)\n"
+        )
+        command = ["/bin/sh", "-c", f'{limit}; exec "$0" -I -B -W ignore -c "$1"', python, script]
+        rights = {"user": user, "group": user, "extra_groups": []} if user else {}
+        run = subprocess.run(command, cwd="/", capture_output=True, text=True, **rights)
+    if status:
+        assert run.stdout == f"{status}\n", run.stderr
+    else:
+        assert run.returncode != 0 and "ulimit -v is 92160000" in run.stderr, run.stderr

@@ -1,7 +1,10 @@
 """Plain values cross and come back equal; nothing else crosses, and no bytes can crash, hang or convince the judge."""
 
 import collections
+import datetime
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -67,15 +70,67 @@ def test_garbage_is_a_plain_value_or_refused(data):
     assert exact(wire.decode(wire.encode(value))) == exact(value)
 
 
+UTC = datetime.timezone.utc
+MORE_PLAIN = [
+    range(3, 9, 2),
+    Decimal("1.50"),
+    Decimal("-Infinity"),
+    Fraction(-1, 3),
+    Fraction(1 << 100, 3),
+    datetime.date(2024, 2, 29),
+    datetime.time(1, 2, 3, 4),
+    datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
+    datetime.datetime(2024, 2, 29, tzinfo=UTC),
+    datetime.timedelta(-1, 2, 3),
+]
+Point = collections.namedtuple("Point", "x y")
+
+
+@pytest.mark.parametrize("value", MORE_PLAIN, ids=repr)
+def test_ranges_numbers_and_dates_cross_as_they_are_both_ways(sandbox, value):
+    for each in (value, [value], {value: (value,)}):
+        assert exact(wire.decode(wire.encode(each))) == exact(wire.decode(wire.encode(each, exact=True))) == exact(each)
+    setup = "import datetime\nfrom decimal import Decimal\nfrom fractions import Fraction"
+    tests = f"x = {value!r}\ngot = f([x])\nassert got == [x] and type(got[0]) is type(x) and repr(got) == repr([x])"
+    (verdict,) = sandbox.run([Program("f = lambda x: x", tests, "f", setup)])
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"decimal":"x"}', b'{"decimal":1}', b'{"fraction":[1,0]}', b'{"fraction":["1",2]}', b'{"range":[1,2]}',
+        b'{"range":[0,1,0]}', b'{"range":[true,1,1]}', b'{"date":"2024-13-01"}', b'{"date":["2024-01-01"]}',
+        b'{"timedelta":[1e9,0,0]}', b'{"timedelta":[9999999999,0,0]}', b"1" * 21, b"-" + b"9" * 10_000_000,
+    ],
+    ids=lambda data: data.decode()[:30],
+)  # fmt: skip
+def test_bad_numbers_and_dates_are_refused(data):
+    with pytest.raises(ValueError):
+        wire.decode(data)
+
+
+def test_what_arrives_as_another_type_crosses_in_a_result_alone(sandbox):
+    assert exact(wire.decode(wire.encode([Point(1, 2)]))) == exact([(1, 2)])
+    for value in (Point(1, 2), collections.Counter("a")):
+        with pytest.raises(wire.CannotCross):
+            wire.encode(value, exact=True)
+    generator = Program("def f(x):\n    yield x", "f(3)", "f")
+    (verdict,) = sandbox.run([generator])
+    assert (verdict.status, verdict.detail) == ("error", "in the result: a generator cannot cross: make it a list")
+
+
 class Child(int):
     pass
 
 
-NOT_PLAIN = [object(), Child(1), [Child(1)], {Child(1): 1}, {1: {2: (Child(3),)}}, len, int, range(3), bytearray(b"x")]
+NOT_PLAIN = [object(), Child(1), [Child(1)], {Child(1): 1}, {1: {2: (Child(3),)}}, len, int, bytearray(b"x")]
 
 
 @pytest.mark.parametrize(
-    "value", [*NOT_PLAIN, ..., ValueError(), (i for i in []), memoryview(b"x"), {}.keys()], ids=repr
+    "value",
+    [*NOT_PLAIN, ..., ValueError(), (i for i in []), memoryview(b"x"), {}.keys()],
+    ids=lambda value: type(value).__name__,
 )
 def test_nothing_else_crosses(value):
     with pytest.raises(wire.CannotCross):
@@ -100,8 +155,9 @@ def test_numpy_scalars_cross_as_python_numbers():
     numpy = pytest.importorskip("numpy")
     values = [numpy.float64(1.5), numpy.int64(-3), numpy.bool_(True), numpy.float32(0.5)]
     assert exact(wire.decode(wire.encode(values))) == exact([1.5, -3, True, 0.5])
+    assert exact(wire.decode(wire.encode(numpy.array([[1, 2], [3, 4]])))) == exact([[1, 2], [3, 4]])
     with pytest.raises(wire.CannotCross):
-        wire.encode(numpy.array([1]))
+        wire.encode(numpy.array([object()]))
 
 
 def nested(depth):
