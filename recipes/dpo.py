@@ -21,16 +21,18 @@ from datasets import Dataset
 
 from recipes.common.arguments import TaskArguments, load_stage_tasks, parse_settings
 from recipes.common.policy import adapter_sha256, check_policy, load_policy, load_tokenizer
+from recipes.common.prompts import format_tasks, prompt_token_ids
 from recipes.common.run_directory import RunDirectory
 
 # isort: split
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
-from trainers import CompleteCheckpoints, keep_adapter_in_fp32, use_fast_log_probs
+from trainers import CompleteCheckpoints, decode_completions, keep_adapter_in_fp32, use_fast_log_probs
 from trainers.progress import print_progress_lines
 
-COLUMNS = {"task_id": str, "prompt": str, "chosen": str, "rejected": str, "chosen_ids": list, "rejected_ids": list}
+COLUMNS = {"task_id": (str,), "chosen_ids": (list,), "rejected_ids": (list,)}
+COLUMNS |= dict.fromkeys(("prompt", "chosen", "rejected"), (str, list))  # text or chat messages
 
 
 @dataclass
@@ -53,6 +55,7 @@ class PairArguments(TaskArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.adapter_name_or_path:
             raise ValueError("adapter_name_or_path is not set: write the directory of the SFT stage's adapter")
 
@@ -94,16 +97,19 @@ def load_pairs(preferences: str, tasks: Dataset) -> list[dict]:
             pair = json.loads(line)
         except json.JSONDecodeError as error:
             raise SystemExit(f"{where}: not a line of JSON: {error}") from None
-        for column, kind in COLUMNS.items():
-            if not isinstance(pair, dict) or not isinstance(pair.get(column), kind):
+        for column, kinds in COLUMNS.items():
+            if not isinstance(pair, dict) or not isinstance(pair.get(column), kinds):
                 raise SystemExit(
-                    f"{where}: column {column!r} is missing or no {kind.__name__}: "
+                    f"{where}: column {column!r} is missing or no {' or '.join(kind.__name__ for kind in kinds)}: "
                     f"write the file with recipes/preferences.py"
                 )
         if pair["task_id"] not in prompts:
             raise SystemExit(f"{where}: {pair['task_id']!r} is none of the tasks of dataset_name and its train split")
         if pair["prompt"] != prompts[pair["task_id"]]:
-            raise SystemExit(f"{where}: the prompt is not that of the task {pair['task_id']!r}, byte for byte")
+            raise SystemExit(
+                f"{where}: the prompt is not that of the task {pair['task_id']!r}, byte for byte: use the "
+                "prompt_format that the pairs were sampled in"
+            )
         pairs.append({column: pair[column] for column in COLUMNS})
     if not pairs:
         raise SystemExit(f"preferences: {path} holds no pairs")
@@ -130,10 +136,11 @@ def pair_dataset(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_leng
     """
     rows = []
     for number, pair in enumerate(pairs, start=1):
-        prompt_ids = tokenizer(pair["prompt"])["input_ids"]
+        (prompt_ids,) = prompt_token_ids(tokenizer, [pair["prompt"]])
         for side in ("chosen", "rejected"):
             ids = pair[f"{side}_ids"]
-            if tokenizer.decode(ids, skip_special_tokens=True) != pair[side]:
+            text = pair[side] if isinstance(pair[side], str) else pair[side][-1]["content"]
+            if decode_completions(tokenizer, [prompt_ids], [ids]) != [text]:
                 raise SystemExit(
                     f"preferences: pair {number}: {side}_ids are not the tokens of {side!r} for this model's "
                     "tokenizer: sample the pairs from a policy on the same base"
@@ -150,13 +157,14 @@ def pair_dataset(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_leng
 def main() -> None:
     stage, args, model_args, settings = parse_settings(PairArguments, DPOConfig, ModelConfig)
     check_policy(model_args, stage.adapter_name_or_path)
-    pairs = load_pairs(stage.preferences, load_stage_tasks(stage.dataset_name, stage.dataset_train_split))
+    tokenizer = load_tokenizer(model_args)
+    tasks = load_stage_tasks(stage.dataset_name, stage.dataset_train_split)
+    pairs = load_pairs(stage.preferences, format_tasks(tasks, stage, tokenizer, model_args))
     settings["adapter_sha256"] = adapter_sha256(stage.adapter_name_or_path)
     settings["pairs_sha256"] = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     run = RunDirectory(args.output_dir, "dpo", settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
-    tokenizer = load_tokenizer(model_args)
     train_dataset = pair_dataset(pairs, tokenizer, args.max_length)
 
     checkpoint = run.start()

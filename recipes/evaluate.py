@@ -2,9 +2,9 @@
 Evaluation: which tasks a policy solves, and with how many tokens.
 
 Reads a base model or an adapter's directory, completes each task's prompt greedily (or samples n completions), and
-grades every completion twice: *strict* (as emitted, the published metric) and *truncated* (cut where the function
-ends). With `extra_tests` there is a third grade, *plus*: the strict completion passes stricter tests as well. Writes to
-OUTPUT_DIR:
+grades every completion twice: *strict* (as emitted, the published metric) and *truncated* (cut where the function ends;
+the same as strict in chat format, where the program is the reply's code block). With `extra_tests` there is a third
+grade, *plus*: the strict completion passes stricter tests as well. Writes to OUTPUT_DIR:
 
     per_task.jsonl   every completion, its tokens and verdicts
     metrics.json     the numbers with confidence intervals, and their provenance: commands, versions, machine
@@ -44,7 +44,8 @@ from recipes.common.arguments import (
     refuse_several_processes,
 )
 from recipes.common.intervals import bootstrap_interval, wilson_interval
-from recipes.common.policy import adapter_base, adapter_sha256, check_policy
+from recipes.common.policy import adapter_base, adapter_sha256, check_policy, load_tokenizer
+from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, write_whole
 from recipes.common.sampling import complete, load_sampler
@@ -56,7 +57,7 @@ PLUS_TIMEOUT_FACTOR = 4  # those of HumanEval/139 in HumanEval+ take a right sol
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(PromptArguments):
     """What is evaluated and how."""
 
     dataset_name: str = field(
@@ -89,6 +90,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_sampling(self)
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}: write 0 (greedy) or more")
@@ -118,11 +120,13 @@ def main() -> None:
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
     extra_tests = load_extra_tests(args.extra_tests, tasks.to_list()) if args.extra_tests else None
     check_policy(model_args, adapter, generates_on=run_device())
+    tokenizer = load_tokenizer(model_args)
+    tasks = format_tasks(tasks, args, tokenizer, model_args)
 
     run.start()
     started = time.perf_counter()
     set_seed(args.seed)
-    model, tokenizer = load_sampler(model_args, adapter)
+    model = load_sampler(model_args, adapter)
     with tqdm(total=len(tasks) * args.num_generations, desc="Completing", unit="completion") as bar:
         samples = complete(model, tokenizer, tasks, args, bar)
     for sample in samples:
@@ -131,6 +135,7 @@ def main() -> None:
     metrics = summarize(samples, len(tasks), args.num_generations)
     metrics |= {
         "model": policy,
+        "prompt_format": prompt_format(tasks),
         "seed": args.seed,
         "settings": asdict(args) | {"extra_tests": settings.get("extra_tests"), "dtype": model_args.dtype},
         "seconds": round(time.perf_counter() - started, 1),
@@ -196,19 +201,23 @@ def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: d
     """
     by_id = {task["task_id"]: task for task in tasks}
 
-    def program(sample, completion, tests=None):
-        task = by_id[sample["task_id"]]
-        return task_program(task["prompt"], completion, tests or task["test"], task["entry_point"])
+    def program(sample, cut=False, tests=None):
+        task, completion = by_id[sample["task_id"]], sample["completion"]
+        if cut and isinstance(task["prompt"], str):
+            completion = truncate_completion(completion)
+        return task_program(
+            task["prompt"], completion, tests or task["test"], task["entry_point"], task.get("setup") or ""
+        )
 
-    strict = [program(sample, sample["completion"]) for sample in samples]
-    truncated = [program(sample, truncate_completion(sample["completion"])) for sample in samples]
+    strict = [program(sample) for sample in samples]
+    truncated = [program(sample, cut=True) for sample in samples]
     with Sandbox(timeout=timeout) as sandbox:
         verdicts = sandbox.run(strict + truncated)
     for sample, verdict, cut in zip(samples, verdicts, verdicts[len(samples) :], strict=False):
         sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": cut.passed}
     if not extra_tests:
         return
-    plus = [program(sample, sample["completion"], extra_tests[sample["task_id"]]) for sample in samples]
+    plus = [program(sample, tests=extra_tests[sample["task_id"]]) for sample in samples]
     with Sandbox(timeout=PLUS_TIMEOUT_FACTOR * timeout) as sandbox:
         wanted = list(dict.fromkeys(one for one, sample in zip(plus, samples, strict=True) if sample["passed"]))
         right = {one for one, verdict in zip(wanted, sandbox.run(wanted), strict=True) if verdict.passed}
@@ -283,6 +292,7 @@ def print_table(results: list[str]) -> None:
         low, high = m["pass_at_1_interval"]
         row = {
             "run": path.parent.name,
+            "format": m.get("prompt_format", "completion"),
             "passed": f"{m['num_passed']:g}/{m['num_tasks']}",
             "pass@1 [95%]": f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
             "truncated": f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
@@ -298,7 +308,7 @@ def print_table(results: list[str]) -> None:
     table = Table(box=box.MARKDOWN)
     titles = max(rows, key=len)
     for title in titles:
-        table.add_column(title, justify="left" if title == "run" else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title in ("run", "format") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(title, "") for title in titles))
     Console(width=160).print(table)

@@ -31,7 +31,7 @@ from statistics import mean
 
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from recipes.common.arguments import (
@@ -43,7 +43,8 @@ from recipes.common.arguments import (
     parse_settings,
     refuse_several_processes,
 )
-from recipes.common.policy import adapter_sha256, check_policy
+from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer
+from recipes.common.prompts import format_tasks
 from recipes.common.run_directory import RunDirectory, write_whole
 from recipes.common.sampling import complete, load_sampler
 from rewards import UnitTestReward
@@ -100,6 +101,7 @@ class PreferencesArguments(TaskArguments):
     seed: int = field(default=42, metadata={"help": "Seed of the samples."})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.pair_rule not in PAIR_RULES:
             raise ValueError(f"pair_rule is {self.pair_rule!r}: write one of {', '.join(map(repr, PAIR_RULES))}")
         if self.num_generations < 2:
@@ -130,8 +132,10 @@ def main() -> None:
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
 
+    tokenizer = load_tokenizer(model_args)
+    tasks = format_tasks(tasks, args, tokenizer, model_args)
     run.start()
-    samples = sample_policy(run.path / "samples.jsonl", tasks, args, model_args)
+    samples = sample_policy(run.path / "samples.jsonl", tasks, tokenizer, args, model_args)
     pairs, summary = form_pairs(samples, tasks.to_list(), args)
     write_whole(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not pairs:
@@ -149,7 +153,13 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def sample_policy(path: Path, tasks: Dataset, args: PreferencesArguments, model_args: ModelConfig) -> list[dict]:
+def sample_policy(
+    path: Path,
+    tasks: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferencesArguments,
+    model_args: ModelConfig,
+) -> list[dict]:
     """
     Complete and grade every task, chunk by chunk, each chunk with its own seed.
 
@@ -158,6 +168,8 @@ def sample_policy(path: Path, tasks: Dataset, args: PreferencesArguments, model_
             File of the samples. Chunks that it holds already are not sampled again.
         tasks ([`~datasets.Dataset`]):
             The tasks.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
         args ([`PreferencesArguments`]):
             How to sample.
         model_args ([`~trl.ModelConfig`]):
@@ -174,7 +186,7 @@ def sample_policy(path: Path, tasks: Dataset, args: PreferencesArguments, model_
         raise SystemExit(f"{path} holds samples of other tasks: choose another output_dir, or remove that file")
     if num_chunks == len(chunks):
         return samples
-    model, tokenizer = load_sampler(model_args, args.adapter_name_or_path)
+    model = load_sampler(model_args, args.adapter_name_or_path)
     with (
         Sandbox(timeout=args.sandbox_timeout) as sandbox,
         tqdm(total=len(tasks) * args.num_generations, initial=len(samples), unit="completion") as bar,
@@ -215,10 +227,11 @@ def _read_chunks(path: Path, sizes: list[int]) -> tuple[list[dict], int]:
 def _grade(samples: list[dict], tasks: list[dict], reward: UnitTestReward) -> None:
     """Add `completion_tokens`, `verdict`, `passed` and `reward` to every sample."""
     by_id = {task["task_id"]: task for task in tasks}
-    columns = {name: [by_id[sample["task_id"]][name] for sample in samples] for name in ("test", "entry_point")}
+    own = [by_id[sample["task_id"]] for sample in samples]
+    columns = {name: [task.get(name, "") for task in own] for name in ("test", "entry_point", "setup")}
     extra = {}
     rewards = reward(
-        prompts=[by_id[sample["task_id"]]["prompt"] for sample in samples],
+        prompts=[task["prompt"] for task in own],
         completions=[sample["completion"] for sample in samples],
         completion_ids=[sample["completion_ids"] for sample in samples],
         log_extra=extra.__setitem__,
@@ -269,7 +282,7 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
             pair = {"task_id": task["task_id"], "prompt": task["prompt"]}
             for side, sample in (("chosen", chosen), ("rejected", rejected)):
                 pair |= {
-                    side: sample["completion"],
+                    side: _as_completion(sample["completion"], task["prompt"]),
                     f"{side}_ids": sample["completion_ids"],
                     f"{side}_tokens": sample["completion_tokens"],
                     f"{side}_reward": sample["reward"],
@@ -289,6 +302,11 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
         "mean_chosen_tokens": mean(pair["chosen_tokens"] for pair in pairs) if pairs else None,
         "mean_rejected_tokens": mean(pair["rejected_tokens"] for pair in pairs) if pairs else None,
     }
+
+
+def _as_completion(text: str, prompt: str | list[dict]) -> str | list[dict]:
+    """Return a completion's text in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _pair(samples: list[dict], args: PreferencesArguments) -> list[tuple[dict, dict]]:

@@ -52,7 +52,7 @@ def test_accelerate_reads_every_config(name, kind):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_recipe_parses(path):
     *_, settings = parse_settings(*STAGES[path.stem.split("_")[0]], argv=["--config", str(path)])
@@ -121,13 +121,13 @@ def test_deepseek_recipes_hold_the_published_values():
 
 
 def test_small_recipes_have_the_rows_of_the_published_table():
-    folder = ROOT / "recipes" / "qwen2.5-coder-0.5b"
+    folder = ROOT / "recipes" / "qwen2.5-coder-0.5b" / "completion"
     for published in (ROOT / "recipes" / "deepseek-coder-1.3b").glob("*_alpha*.yaml"):
         types = STAGES[published.stem.split("_")[0]]
         theirs, their_args, *_ = parse_settings(*types, argv=["--config", str(published)])
         ours, args, *_ = parse_settings(*types, argv=["--config", str(folder / published.name)])
         assert ours.length_penalty == theirs.length_penalty
-        assert args.output_dir == f"runs/qwen2.5-coder-0.5b/{published.stem}"
+        assert args.output_dir == f"runs/qwen2.5-coder-0.5b/completion/{published.stem}"
         if published.stem.startswith("ppo"):
             # As many tasks a rollout; ours completes each four times
             assert args.generation_batch_size == 4 * their_args.generation_batch_size and args.num_generations == 4

@@ -83,7 +83,7 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     runs = launch_both(*((stage, config, {}) for stage, config in zip(stages, recipes, strict=True)))
     for stage, (status, output) in zip(stages, runs, strict=True):
         assert status == 0, output
-        assert re.search(r"^step 1/1   evaluation   pass rate 0   tokens 8   reward -0.0008$", output, re.MULTILINE)
+        assert re.search(r"^step 1/1   evaluation   pass rate 0   tokens 8   reward -0.0008", output, re.MULTILINE)
         assert re.search(
             r"^step 1/1   pass rate 0   tokens [\d.]+   reward -[\d.e-]+   .*s   0 s left$", output, re.MULTILINE
         )
@@ -121,7 +121,7 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
 
 
 def test_qlora_sft_trains_an_fp32_adapter(tmp_path, tiny_folder):
-    fields = {"model_name_or_path": tiny_folder, "output_dir": tmp_path / "run", "max_steps": 2}
+    fields = {"model_name_or_path": tiny_folder, "output_dir": tmp_path / "run", "max_steps": 2, "max_length": 2048}
     status, output = launch("sft", ROOT / "recipes" / "deepseek-coder-1.3b" / "sft.yaml", **fields)
     assert status == 0, output
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.evaluate import grade, summarize
-from rewards import load_tasks, task_program, truncate_completion
+from rewards import as_chat, load_tasks, task_program, truncate_completion
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +28,16 @@ def disagreements(results):
         for number, value in summarize(samples, metrics["num_tasks"], settings["num_generations"]).items():
             if metrics[number] != (value if isinstance(value, str) else pytest.approx(value, rel=1e-9)):
                 found.append(f"{name}: {number} is {metrics[number]}, computed again {value}")
-        tasks = {task["task_id"]: task for task in load_tasks(settings["dataset_name"], "all")}
+        tasks = load_tasks(settings["dataset_name"], "all")
+        if metrics.get("prompt_format") == "chat":
+            tasks = as_chat(tasks, settings["chat_instruction"], settings["system_message"])
+        tasks = {task["task_id"]: task for task in tasks}
         for sample in samples:
             task, completion = tasks[sample["task_id"]], sample["completion"]
+            truncated = truncate_completion(completion) if isinstance(task["prompt"], str) else completion
             strict, cut = (
-                task_program(task["prompt"], text, task["test"], task["entry_point"])
-                for text in (completion, truncate_completion(completion))
+                task_program(task["prompt"], text, task["test"], task["entry_point"], task["setup"])
+                for text in (completion, truncated)
             )
             rows.append((f"{name} {sample['task_id']}", sample, strict, cut))
 

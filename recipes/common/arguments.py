@@ -18,13 +18,14 @@ from datasets import Dataset
 from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
+from recipes.common.prompts import PromptArguments
 from rewards import load_tasks
 from sandbox import MAX_TIMEOUT
 from trainers import run_device, supports_bf16
 
 
 @dataclass
-class TaskArguments:
+class TaskArguments(PromptArguments):
     """The tasks that a stage trains on."""
 
     dataset_name: str = field(

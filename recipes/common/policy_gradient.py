@@ -7,6 +7,7 @@ new one is put on the base. The reward runs every completion against its task's 
 
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
 from recipes.common.arguments import (
@@ -17,6 +18,7 @@ from recipes.common.arguments import (
     parse_settings,
 )
 from recipes.common.policy import adapter_sha256, check_policy, load_policy, load_tokenizer
+from recipes.common.prompts import format_tasks
 from recipes.common.run_directory import RunDirectory
 from rewards import UnitTestReward
 from sandbox import Sandbox
@@ -48,6 +50,7 @@ class RLArguments(TaskArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_length_penalty(self.length_penalty)
         check_timeout(self.sandbox_timeout)
 
@@ -77,10 +80,13 @@ def train_policy_gradient(
     run = RunDirectory(args.output_dir, stage, settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
-    train_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_train_split)
-    eval_dataset = None
-    if args.eval_strategy != "no":
-        eval_dataset = load_stage_tasks(rl.dataset_name, rl.dataset_test_split)
+    tokenizer = load_tokenizer(model_args, padding_side="left")
+
+    def load(split: str) -> Dataset:
+        return format_tasks(load_stage_tasks(rl.dataset_name, split), rl, tokenizer, model_args)
+
+    train_dataset = load(rl.dataset_train_split)
+    eval_dataset = load(rl.dataset_test_split) if args.eval_strategy != "no" else None
 
     checkpoint = run.start()
     with Sandbox(timeout=rl.sandbox_timeout) as sandbox:
@@ -90,7 +96,7 @@ def train_policy_gradient(
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=load_tokenizer(model_args, padding_side="left"),
+            processing_class=tokenizer,
             peft_config=None if rl.adapter_name_or_path else get_peft_config(model_args),
         )
         print_progress_lines(trainer)

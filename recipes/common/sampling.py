@@ -12,15 +12,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from recipes.common.policy import load_policy, load_tokenizer
+from recipes.common.policy import load_policy
+from recipes.common.prompts import prompt_token_ids
 from trainers import decode_completions, generate_completions, run_device
 
 
-def load_sampler(
-    model_args: ModelConfig, adapter: str | None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_sampler(model_args: ModelConfig, adapter: str | None) -> PreTrainedModel | PeftModel:
     """
-    Load a policy onto the run's device, and its tokenizer.
+    Load a policy onto the run's device.
 
     Args:
         model_args ([`~trl.ModelConfig`]):
@@ -29,13 +28,13 @@ def load_sampler(
             Directory of the adapter on it.
 
     Returns:
-        The policy and its tokenizer.
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]
     """
     device = run_device()
     model = load_policy(model_args, device, adapter)
     if model.device.type != device.type:  # a 4-bit base is there already and cannot be moved
         model.to(device)
-    return model, load_tokenizer(model_args)
+    return model
 
 
 def complete(
@@ -65,7 +64,8 @@ def complete(
     ends: Any = model.generation_config.eos_token_id  # one, a list, or None
     ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     eos_token_ids = [token for token in ends if token is not None]
-    prompt_ids = [ids for ids in tokenizer(tasks["prompt"][:])["input_ids"] for _ in range(args.num_generations)]
+    prompt_ids = prompt_token_ids(tokenizer, tasks["prompt"][:])
+    prompt_ids = [ids for ids in prompt_ids for _ in range(args.num_generations)]
     completion_ids: list[list[int]] = [[] for _ in prompt_ids]
     # Batches of prompts of similar length need less padding
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
