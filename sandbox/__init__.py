@@ -14,11 +14,9 @@ Not covered here: GPU code, tasks that need a network, and languages other than 
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
-import resource
 import select
 import socket
 import struct
@@ -32,7 +30,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .cores import usable_cores
+from .host import installed, low_limits, set_limits, usable_cores
 from .program import Program, Verdict, failed_parts
 from .wire import Channel
 
@@ -109,7 +107,7 @@ class Sandbox:
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: give at least 1, or None for one per processor core")
         _check(timeout, memory_mb, isolation, stdio_mb)
-        self._packages = ["numpy", *_installed(packages)]
+        self._packages = ["numpy", *installed(packages)]
         self.workers = workers or usable_cores()
         self.timeout = timeout
         self.memory_mb = memory_mb
@@ -265,7 +263,7 @@ class Sandbox:
             except (EOFError, OSError) as error:
                 failure = f"{error!r}{self._last_words()}"
         self._stop()
-        raise RuntimeError(f"the sandbox's server does not start: {failure}{_lowest_limits()}")
+        raise RuntimeError(f"the sandbox's server does not start: {failure}{set_limits()}")
 
     def _last_words(self):
         if self._shutdown is None:
@@ -339,9 +337,10 @@ class Sandbox:
         """Receive the report on a new worker's cage; raise or warn about missing features."""
         (report,) = worker.channel.receive()
         if type(report) is str:
-            raise RuntimeError(f"the sandbox cannot be set up: {report}{_lowest_limits()}")
+            raise RuntimeError(f"the sandbox cannot be set up: {report}{set_limits()}")
         self._isolation = report
-        missing = "; ".join(f"{name} ({text})" for name, text in self._isolation.items() if text != "active")
+        features = [f"{name} ({text})" for name, text in self._isolation.items() if text != "active"]
+        missing = "; ".join(features + low_limits(self.memory_mb, self.stdio_mb))
         if missing and self.strict:
             self._stop()
             raise RuntimeError(f'the cage is incomplete here: {missing}. Use isolation="auto" to run without them')
@@ -359,24 +358,6 @@ def _check(timeout, memory_mb, isolation, stdio_mb):
         raise ValueError(f"stdio_mb={stdio_mb}: give 1 to 1024")
     if isolation not in ("auto", "strict"):
         raise ValueError(f'isolation="{isolation}": write "auto" or "strict"')
-
-
-def _installed(packages):
-    packages = list(dict.fromkeys(packages))
-    for name in packages:
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            raise ValueError(f"packages: there is no module {name!r} to import here: pip install it first")
-    if len(packages) > 60:
-        raise ValueError(f"packages: {len(packages)} names are too many: give at most 60")
-    return packages
-
-
-def _lowest_limits():
-    """Return the limits of this process that can keep a sandbox from starting, as text."""
-    names = {"RLIMIT_AS": "ulimit -v", "RLIMIT_NPROC": "ulimit -u", "RLIMIT_NOFILE": "ulimit -n"}
-    hard = {names[name]: resource.getrlimit(getattr(resource, name))[1] for name in names if hasattr(resource, name)}
-    limits = [f"{name} is {value}" for name, value in hard.items() if value != resource.RLIM_INFINITY]
-    return f" (limits here: {', '.join(limits)})" if limits else ""
 
 
 def _warn_inline(programs):

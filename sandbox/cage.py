@@ -249,7 +249,7 @@ def _private_files(packages):
     os.mkdir(root + "/dev")
     os.close(os.open(root + NULL, os.O_CREAT | os.O_WRONLY))
     _mount(NULL, root + NULL, None, MS_BIND)
-    os.mkdir(root + SCRATCH)
+    os.makedirs(root + SCRATCH, exist_ok=True)  # packages beneath it are loaded already, and hidden from here on
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
     attributes = ctypes.byref((ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0))
     _syscall(MOUNT_SETATTR, "mount_setattr", -1, os.fsencode(root), AT_RECURSIVE, attributes, ctypes.c_size_t(32))

@@ -10,7 +10,7 @@ import pytest
 from test_sandbox import GOOD, statuses
 
 from sandbox import Program, Sandbox
-from sandbox.cores import usable_cores
+from sandbox.host import usable_cores
 
 METHOD = """class Solution:
     calls = 0

@@ -70,7 +70,7 @@ def test_garbage_is_a_plain_value_or_refused(data):
     assert exact(wire.decode(wire.encode(value))) == exact(value)
 
 
-UTC = datetime.timezone.utc
+UTC = datetime.UTC
 MORE_PLAIN = [
     range(3, 9, 2),
     Decimal("1.50"),

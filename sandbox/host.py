@@ -1,7 +1,9 @@
-"""How many processor cores this process may use: affinity, the quota of its control groups, and the ranks of a host."""
+"""What this host gives a sandbox: processor cores, resource limits and installed packages."""
 
+import importlib.util
 import os
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # What launchers tell each process about the number of processes on its host: torchrun and accelerate, Open MPI, Slurm
@@ -9,11 +11,14 @@ RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NOD
 
 
 def usable_cores(root: str = "/", environment: Mapping[str, str] = os.environ) -> int:
-    """Return this process's share of the cores, at least 1.
+    """Return this process's share of the cores: by affinity, the quota of its control groups and the ranks of a host.
 
     Args:
         root (`str`, defaults to `"/"`): The folder that holds `proc` and `sys`.
         environment (`Mapping`, *optional*): Where launchers leave the number of ranks.
+
+    Returns:
+        `int`: At least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = next((int(environment[name]) for name in RANKS if environment.get(name, "").isdigit()), 1)
@@ -49,3 +54,33 @@ def _quota_of(folder):
         return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
     except (OSError, ValueError):
         return float("inf")
+
+
+def installed(packages: Iterable[str]) -> list[str]:
+    """Return the names of packages, each once; raise `ValueError` if one cannot be imported here."""
+    names = list(dict.fromkeys(packages))
+    for name in names:
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise ValueError(f"packages: there is no module {name!r} to import here: pip install it first")
+    if len(names) > 60:
+        raise ValueError(f"packages: {len(names)} names are too many: give at most 60")
+    return names
+
+
+def low_limits(memory_mb: int, stdio_mb: int) -> list[str]:
+    """Return, as text, which limits of this process leave solutions less than they should have."""
+    wanted = {"RLIMIT_AS": ("ulimit -v", "memory_mb", memory_mb), "RLIMIT_FSIZE": ("ulimit -f", "stdio_mb", stdio_mb)}
+    low = []
+    for name, (command, setting, megabytes) in wanted.items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        if hard != resource.RLIM_INFINITY and hard < megabytes << 20:
+            low.append(f"`{command}` allows {hard >> 10} KB, which is less than {setting}={megabytes}")
+    return low
+
+
+def set_limits() -> str:
+    """Return the limits of this process that can keep a sandbox from starting, as text in brackets."""
+    names = {"RLIMIT_AS": "ulimit -v", "RLIMIT_NPROC": "ulimit -u", "RLIMIT_NOFILE": "ulimit -n"}
+    hard = {names[name]: resource.getrlimit(getattr(resource, name))[1] for name in names if hasattr(resource, name)}
+    limits = [f"{name} is {value}" for name, value in hard.items() if value != resource.RLIM_INFINITY]
+    return f" (limits here: {', '.join(limits)})" if limits else ""
