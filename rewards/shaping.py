@@ -7,22 +7,23 @@ programs run in the sandbox, and a program is not even parsed in the caller's pr
 """
 
 import ast
+import dataclasses
 import functools
 
-from sandbox import Program, Sandbox
+from sandbox import Program, Sandbox, Verdict
 
 from .programs import program_source, task_program
-from .unit_tests import default_sandbox, task_column
+from .unit_tests import default_sandbox, task_column, warn_of_invalid
 
 
 class PartialReward:
     """
-    Fraction of a task's tests that pass, each run by itself.
+    Fraction of a task's tests that pass, run one after another in one process.
 
     A test is a statement in the body of `check` that asserts something (`assert True` does not, nor does the definition
     of a function); a loop of asserts is one test, and a `check` without asserts is one. The statements that assert
-    nothing run before each of them. A completion that passes everything earns 1 in one run; one that is stopped for its
-    time, its memory or a crash earns 0, for each of its tests would cost as much again.
+    nothing run before each of them. A completion that is stopped for its time, its memory or a crash earns 0. Tests
+    that are no Python, or could not be judged for another reason, earn `None`, which TRL leaves out.
 
     Helps where a policy passes some tests of a task and never all, so that completions of one task differ in reward.
     Gamed by answers that are right by chance or in the plain cases: `return False` passes half of the tests of many a
@@ -46,7 +47,7 @@ class PartialReward:
         self.entry_point_column = entry_point_column
         self.__name__ = "partial"
 
-    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
+    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float | None]:
         """
         Grade a batch of completions.
 
@@ -59,7 +60,7 @@ class PartialReward:
                 The task columns and whatever else the trainer passes.
 
         Returns:
-            `list[float]`: One reward a completion, in order, from 0 to 1.
+            `list[float | None]`: One reward a completion, in order, from 0 to 1; `None` where it could not be judged.
 
         Raises:
             ValueError: A column of the tasks is missing.
@@ -67,20 +68,19 @@ class PartialReward:
         sandbox = self._sandbox or default_sandbox()
         tests = task_column(kwargs, self.test_column, "test_column")
         entry_points = task_column(kwargs, self.entry_point_column, "entry_point_column")
-        rows = list(zip(prompts, completions, tests, entry_points, strict=True))
-        verdicts = sandbox.run([task_program(*row) for row in rows])
-        rewards = [float(verdict.passed) for verdict in verdicts]
-
-        parts = [
-            (i, task_program(prompt, completion, part, entry_point))
-            for i, (prompt, completion, test, entry_point) in enumerate(rows)
-            if verdicts[i].status in ("failed", "error")
-            for part in split_tests(test)
+        setups = kwargs.get("setup") or [""] * len(prompts)
+        programs = [
+            dataclasses.replace(task_program(*row), tests=split_tests(row[2]))
+            for row in zip(prompts, completions, tests, entry_points, setups, strict=True)
         ]
-        passed = [[] for _ in rows]
-        for (i, _), verdict in zip(parts, sandbox.run([program for _, program in parts]), strict=True):
-            passed[i].append(verdict.passed)
-        return [sum(flags) / len(flags) if flags else reward for flags, reward in zip(passed, rewards, strict=True)]
+        verdicts = sandbox.run(programs)
+        warn_of_invalid(verdicts)
+        return [None if verdict.status == "invalid" else _fraction(verdict) for verdict in verdicts]
+
+
+def _fraction(verdict: Verdict) -> float:
+    was_stopped = verdict.status not in ("passed", "failed", "error")
+    return 0.0 if was_stopped or not verdict.passed_parts else sum(verdict.passed_parts) / len(verdict.passed_parts)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,7 +96,10 @@ def split_tests(test: str) -> list[str]:
         `list[str]`: For each statement of `check` that asserts something the text with this one alone, after the
         statements before it that assert nothing. The text itself where there is none.
     """
-    module = ast.parse(test)
+    try:
+        module = ast.parse(test)
+    except (SyntaxError, ValueError):
+        return [test]  # the sandbox says what is wrong with it
     checks = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
     holder = checks[-1] if checks else module
     setup, parts = [], []
@@ -146,22 +149,23 @@ class CompilesReward:
             completions (`list[str]` or `list[list[dict]]`):
                 One completion a prompt, in the same form.
             **kwargs:
-                Whatever else the trainer passes; not used.
+                The task column `entry_point`, where there is one, and whatever else the trainer passes.
 
         Returns:
             `list[float]`: 1.0 or 0.0 a completion, in order.
         """
+        entry_points = kwargs.get("entry_point") or [""] * len(prompts)
         programs = [
             Program(
                 # ascii() makes any text, NUL bytes and lone surrogates included, one literal that only means itself
-                f"SOURCE = {ascii(program_source(prompt, completion))}\n"
+                f"SOURCE = {ascii(program_source(prompt, completion, entry_point))}\n"
                 "def parses():\n"
                 "    compile(SOURCE, 'program', 'exec', dont_inherit=True)\n"
                 "    return True\n",
                 tests="assert candidate() is True",
                 entry_point="parses",
             )
-            for prompt, completion in zip(prompts, completions, strict=True)
+            for prompt, completion, entry_point in zip(prompts, completions, entry_points, strict=True)
         ]
         return [float(verdict.passed) for verdict in (self._sandbox or default_sandbox()).run(programs)]
 
@@ -189,7 +193,7 @@ def length_reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
 _partial, _compiles = PartialReward(), CompilesReward()
 
 
-def partial_reward(prompts: list, completions: list, **kwargs) -> list[float]:
+def partial_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
     """[`PartialReward`] with its defaults, as a function with a dotted path; see there how it is gamed."""
     return _partial(prompts, completions, **kwargs)
 

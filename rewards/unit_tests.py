@@ -6,11 +6,23 @@ run in the sandbox, never in the caller's process. Not covered: partial credit, 
 """
 
 import functools
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
 
-from sandbox import Sandbox
+from sandbox import Sandbox, Verdict
 
 from .programs import task_program
+
+logger = logging.getLogger(__name__)
+
+# By what the sandbox says about a program that it could not judge
+INVALID_CAUSES = {
+    "not load": "tests_do_not_load",
+    "never call": "tests_never_call",
+    "cannot cross": "value_cannot_cross",
+    "its worker": "worker_lost",
+}
 
 
 @functools.cache
@@ -49,6 +61,31 @@ def task_column(columns: dict, name: str, setting: str) -> list:
             f"add it, or name the column that holds it with {setting}=..."
         )
     return columns[name]
+
+
+def warn_of_invalid(verdicts: Sequence[Verdict]) -> Counter[str]:
+    """
+    Count the programs of a batch that could not be judged, and warn if they are more than a tenth.
+
+    Args:
+        verdicts (`Sequence[Verdict]`):
+            The verdicts of the batch.
+
+    Returns:
+        `Counter[str]`: Programs by cause: a value of [`INVALID_CAUSES`], or `"tests_fail"` for tests that fail before
+        they have called the solution.
+    """
+    details = [verdict.detail for verdict in verdicts if verdict.status == "invalid"]
+    if len(details) * 10 > len(verdicts):
+        logger.warning(
+            "%d of %d programs could not be judged and get no reward. The first: %s. Check the tasks' tests and setup.",
+            len(details),
+            len(verdicts),
+            details[0],
+        )
+    return Counter(
+        next((cause for words, cause in INVALID_CAUSES.items() if words in detail), "tests_fail") for detail in details
+    )
 
 
 class UnitTestReward:
@@ -111,7 +148,7 @@ class UnitTestReward:
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
         **kwargs,
-    ) -> list[float]:
+    ) -> list[float | None]:
         """
         Grade a batch of completions.
 
@@ -138,7 +175,8 @@ class UnitTestReward:
                 whatever else the trainer passes.
 
         Returns:
-            `list[float]`: One reward a completion, in order.
+            `list[float | None]`: One reward a completion, in order; `None` where the task could not be judged, for
+            a reason in which the completion had no part. TRL leaves such a completion out.
 
         Raises:
             ValueError: A column of the tasks is missing, or `completion_ids` where `length_penalty` is above 0.
@@ -156,15 +194,20 @@ class UnitTestReward:
         )
         lengths = [len(ids) for ids in completion_ids] if completion_ids is not None else [0] * len(completions)
 
+        causes = warn_of_invalid(verdicts)
+        judged = len(verdicts) - causes.total()
         if log_metric is not None and verdicts:
-            log_metric("pass_rate", sum(verdict.passed for verdict in verdicts) / len(verdicts))
-            log_metric("timeout_rate", sum(verdict.status == "timeout" for verdict in verdicts) / len(verdicts))
+            for cause, number in causes.items():
+                log_metric(f"invalid/{cause}", number)
+            if judged:
+                log_metric("pass_rate", sum(verdict.passed for verdict in verdicts) / judged)
+                log_metric("timeout_rate", sum(verdict.status == "timeout" for verdict in verdicts) / judged)
             log_metric("completion_tokens", sum(lengths) / len(lengths))
         if log_extra is not None:
             log_extra("verdict", [verdict.status for verdict in verdicts])
             log_extra("completion_tokens", lengths)
         return [
-            float(verdict.passed) - self.length_penalty * length / 100
+            None if verdict.status == "invalid" else float(verdict.passed) - self.length_penalty * length / 100
             for verdict, length in zip(verdicts, lengths, strict=True)
         ]
 
@@ -172,7 +215,7 @@ class UnitTestReward:
 _unit_tests = UnitTestReward()
 
 
-def unit_test_reward(prompts: list, completions: list, **kwargs) -> list[float]:
+def unit_test_reward(prompts: list, completions: list, **kwargs) -> list[float | None]:
     """
     [`UnitTestReward`] with its defaults, as a function, so that TRL's command line finds it by its dotted path:
     `trl grpo --reward_funcs rewards.unit_test_reward ...`.
@@ -186,6 +229,6 @@ def unit_test_reward(prompts: list, completions: list, **kwargs) -> list[float]:
             `completion_ids`, the task columns `test` and `entry_point`, and whatever else the trainer passes.
 
     Returns:
-        `list[float]`: One reward a completion, in order.
+        `list[float | None]`: One reward a completion, in order; `None` where the task could not be judged.
     """
     return _unit_tests(prompts, completions, **kwargs)

@@ -70,7 +70,35 @@ def test_tests_may_use_the_setup_column(sandbox):
     test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
     columns = {"test": [test] * 2, "entry_point": ["twice"] * 2, "setup": ["def half(n):\n    return n // 2\n", ""]}
     reward = UnitTestReward(length_penalty=0, sandbox=sandbox)
-    assert reward([messages] * 2, [reply] * 2, **columns) == [1.0, 0.0]
+    assert reward([messages] * 2, [reply] * 2, **columns) == [1.0, None], "without it the tests cannot run"
+
+
+def test_what_cannot_be_judged_is_no_failure(sandbox, caplog):
+    broken = {
+        "def check(candidate:\n": "tests_do_not_load",
+        "def check(candidate):\n    assert 1 == 2\n": "tests_fail",
+        "def check(candidate):\n    pass\n": "tests_never_call",
+        "def check(candidate):\n    candidate(object())\n": "value_cannot_cross",
+    }
+    tests = [*broken, TEST, TEST]
+    completions = ["    return 2 * n"] * 5 + ["    return n"]
+    rows = {"prompts": [PROMPT] * 6, "completions": completions, "entry_point": ["twice"] * 6, "test": tests}
+    metrics = {}
+    rewards = UnitTestReward(0, sandbox)(**rows, log_metric=metrics.__setitem__)
+    assert rewards == [None] * 4 + [1.0, 0.0]
+    assert metrics == {f"invalid/{cause}": 1 for cause in broken.values()} | {
+        "pass_rate": 0.5,
+        "timeout_rate": 0.0,
+        "completion_tokens": 0.0,
+    }
+    assert (
+        "4 of 6 programs could not be judged and get no reward. The first: the task's setup or tests do not load"
+        in (caplog.text)
+    )
+    caplog.clear()
+    few = {name: column[2:3] + column[4:5] * 9 for name, column in rows.items()}
+    assert UnitTestReward(0, sandbox)(**few) == [None] + [1.0] * 9
+    assert caplog.text == "", "a tenth is not more than a tenth"
 
 
 def test_no_completion_runs_in_this_process(sandbox):

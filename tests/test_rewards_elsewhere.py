@@ -156,6 +156,11 @@ def test_partial_counts_one_assert_at_a_time(sandbox):
     reply = [[{"role": "assistant", "content": "```python\ndef twice(n):\n    return n\n```"}]]
     assert partial_reward(chat, reply, test=[TWICE_TEST], entry_point=["twice"]) == [0.25]
     assert partial_reward([], [], test=[], entry_point=[]) == []
+    broken = ["def check(:", "def check(candidate):\n    assert undefined(candidate)\n"]
+    assert PartialReward(sandbox)([TWICE] * 2, ["    return 2 * n"] * 2, test=broken, entry_point=["twice"] * 2) == [
+        None,
+        None,
+    ]
 
 
 def test_split_tests_keep_what_they_need(sandbox):
