@@ -1,15 +1,15 @@
-# make quickstart   set up, train and evaluate the default model on two CPU cores, print one table
+# make quickstart   set up, train and evaluate the default model in completion format on two CPU cores, print one table
 # make reproduce    all nine rows of results/, two more seeds of SFT and of REINFORCE, and the report of them, in some hours
 #                   on two CPU cores; rows that results/ holds are not made again: RESULTS=DIR makes them elsewhere;
 #                   HUMANEVAL_PLUS=FILE adds stricter tests
 # make test         set up and run the tests
-# make lint         check style and types; `make format` mends what can be mended
-# All can be run again: what is done is not done twice, and an interrupted stage goes on from its last checkpoint.
+# make lint         check style and types; `make format` applies the fixes
+# All can be repeated: finished stages are skipped, and an interrupted stage resumes from its last checkpoint.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
-RECIPES := recipes/qwen2.5-coder-0.5b
+RECIPES := recipes/qwen2.5-coder-0.5b/completion
 QUICK := runs/quickstart
 QUICK_ROWS := base sft reinforce ppo_clip
 RUNS := runs/reproduce
