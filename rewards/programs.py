@@ -68,8 +68,9 @@ def program_source(prompt: str | list[dict], completion: str | list[dict], entry
        in quotation marks are text.
     2. Fences are lines of three or more backticks or tildes, perhaps indented or behind a list marker. A block ends at
        a fence of the same character which is at least as long and indented by at most three columns more, at the next
-       labelled fence, or at the end of the reply. Its lines lose the indentation of its first one. Windows line ends
-       count as line ends.
+       labelled fence, or at the end of the reply. If only the reply's end would close it, it ends at the first line
+       that has such a fence at its end. Its lines lose the indentation of its first one. Windows line ends count as
+       line ends.
     3. A block is Python if its label means Python (`python`, `Python3`, `py`, `{.python}`, `python title=x`,
        `solution.py`) or if it has none. Blocks in other languages are no programs, and `markdown` fences are
        overlooked.
@@ -147,6 +148,11 @@ def _split(answer: str) -> tuple[str, list[tuple[str, str]] | None]:
             blocks[-1][1].append(line)
         elif not seen:
             before.append(line)
+    if fence:  # perhaps its closing fence stands at the end of a line
+        lines = blocks[-1][1]
+        end = next((i for i, line in enumerate(lines) if line.rstrip().endswith(fence)), None)
+        if end is not None:
+            lines[end:] = [lines[end].rstrip().removesuffix(fence)]
     dedented = [(label, _dedent(lines)) for label, lines in blocks]
     return "\n".join(before), [block for block in dedented if block[1].strip()] if seen else None
 

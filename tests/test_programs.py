@@ -18,6 +18,7 @@ DRESSINGS = {
     "file name": "``` solution.py\nSOURCE```",
     "tildes": "~~~python\nSOURCE~~~",
     "longer fence": "`````python\nSOURCE`````",
+    "closing fence at the end of a line": "```python\nSOURCE# done```\nThat is all.",
     "unclosed": "Here it is:\n```python\nSOURCE",
     "lone closing": "SOURCE```",
     "lone closing, then prose": "SOURCE```\n\nThis returns the result, as it should.",
