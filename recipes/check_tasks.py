@@ -2,12 +2,12 @@
 Check tasks before training on them: do the references pass, and does anything pass that should not?
 
 Runs every reference three times and a few do-nothing answers, prints a table, and writes the tasks that are fit for
-training as JSONL for [`~rewards.load_tasks`]. With a policy it also samples completions and adds each task's pass rate,
-by which the RL stages can leave out tasks that are never or always passed.
+training as JSONL for [`~rewards.load_tasks`]. With a policy it also samples completions of the fit tasks, writes each
+task's `pass_rate`, and can leave out tasks that the policy never or always passes: RL learns nothing from them.
 
     python recipes/check_tasks.py --dataset_name tasks.jsonl --output_file good.jsonl
     python recipes/check_tasks.py --dataset_name tasks.jsonl --output_file good.jsonl \
-        --model_name_or_path qwen2.5-coder-0.5b-instruct --num_generations 8
+        --model_name_or_path qwen2.5-coder-0.5b-instruct --min_pass_rate 0.1 --max_pass_rate 0.9
 
 A task is fit if its reference passes three times in less than half of the timeout, no do-nothing answer passes, and it
 overlaps with no test task. A task without a reference is fit if its tests load and no do-nothing answer passes.
@@ -21,18 +21,33 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from accelerate.utils import set_seed
 from datasets import Dataset
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
 
-from recipes.common.arguments import TaskArguments, check_timeout, load_stage_tasks, parse_settings
+from recipes.common.arguments import (
+    TaskArguments,
+    check_sampling,
+    check_timeout,
+    load_stage_tasks,
+    parse_settings,
+    refuse_several_processes,
+)
+from recipes.common.policy import check_policy, load_tokenizer, split_off_adapter
+from recipes.common.prompts import format_tasks
 from recipes.common.run_directory import write_whole
+from recipes.common.sampling import complete, load_sampler
 from rewards import reference_completion, task_program
 from sandbox import Program, Sandbox, Verdict
+from trainers import run_device
 
 NUM_RUNS = 3  # of each reference
 CHUNK = 64  # programs between two updates of the progress bar
@@ -43,7 +58,7 @@ NOTHING_SCRIPTS = ("pass", "import sys\nprint(sys.stdin.read())", "print(0)", "p
 
 @dataclass
 class CheckArguments(TaskArguments):
-    """Which tasks are checked, and where the good ones go."""
+    """Which tasks are checked, where the good ones go, and how a policy is sampled on them."""
 
     output_file: str | None = field(
         default=None, metadata={"help": "JSONL file to write the fit tasks to. If not set, none is written."}
@@ -54,23 +69,66 @@ class CheckArguments(TaskArguments):
     )
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
 
+    min_pass_rate: float = field(
+        default=0.0, metadata={"help": "Smallest pass rate of a fit task, in [0, 1], with model_name_or_path."}
+    )
+    max_pass_rate: float = field(
+        default=1.0, metadata={"help": "Largest pass rate of a fit task, in [0, 1], with model_name_or_path."}
+    )
+    num_generations: int = field(default=8, metadata={"help": "Completions per task."})
+    temperature: float = field(default=0.8, metadata={"help": "What the logits are divided by, above 0."})
+    top_p: float = field(default=0.95, metadata={"help": "Probability mass to sample from, in (0, 1]."})
+    max_completion_length: int = field(default=256, metadata={"help": "Largest number of tokens of a completion."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Completions that are decoded at a time."})
+    seed: int = field(default=42, metadata={"help": "Seed of the samples."})
+
     def __post_init__(self):
+        super().__post_init__()
         check_timeout(self.sandbox_timeout)
+        check_sampling(self)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: write a number above 0")
+        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
+            raise ValueError(
+                f"min_pass_rate is {self.min_pass_rate} and max_pass_rate {self.max_pass_rate}: write numbers in "
+                "[0, 1], the smaller one first"
+            )
 
 
 def main() -> None:
-    args, _ = parse_settings(CheckArguments)
+    args, model_args, _ = parse_settings(CheckArguments, ModelConfig)
+    refuse_several_processes("check_tasks")
     if args.output_file and Path(args.output_file).exists():
         raise SystemExit(f"output_file: {args.output_file} exists, choose another name or remove it")
     tasks = load_stage_tasks(args.dataset_name, args.dataset_train_split)
     benchmarks = {name: load_stage_tasks(name, "test", "overlap_with") for name in args.overlap_with}
+    has_policy = model_args.model_name_or_path is not None
+    if not has_policy and (args.min_pass_rate > 0 or args.max_pass_rate < 1):
+        raise SystemExit("min_pass_rate and max_pass_rate need a policy: set model_name_or_path")
+    if has_policy:
+        adapter = split_off_adapter(model_args)
+        check_policy(model_args, adapter, generates_on=run_device())
+        tokenizer = load_tokenizer(model_args)
+        asked = format_tasks(tasks, args, tokenizer, model_args)
     findings = check(tasks, args.sandbox_timeout)
     for name, others in benchmarks.items():
         for task_id in overlaps(tasks, others):
             findings[task_id].append(f"overlaps with a test task of {name}")
+    rates: dict[str, float] = {}
+    if has_policy:
+        fit = asked.select([i for i, task_id in enumerate(asked["task_id"]) if not findings[task_id]])
+        rates = pass_rates(fit, tokenizer, args, model_args, adapter) if len(fit) else {}
+        for task_id, rate in rates.items():
+            if rate < args.min_pass_rate:
+                findings[task_id].append("pass rate is below min_pass_rate")
+            elif rate > args.max_pass_rate:
+                findings[task_id].append("pass rate is above max_pass_rate")
     print_findings(tasks, findings)
+    if rates:
+        print(f"mean pass rate of {len(rates)} tasks: {mean(rates.values()):.3f}")
     if args.output_file:
-        good = [task for task in tasks if not findings[task["task_id"]]]
+        good = [task for task in _rows(tasks) if not findings[task["task_id"]]]
+        good = [task | {"pass_rate": rates[task["task_id"]]} if rates else task for task in good]
         write_whole(Path(args.output_file), "".join(json.dumps(task) + "\n" for task in good))
         print(f"{len(good)} of {len(tasks)} tasks are written to {args.output_file}")
 
@@ -110,6 +168,48 @@ def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
     for task_id, of_task in verdicts.items():
         findings[task_id] += _judge(of_task[True], of_task[False], timeout)
     return findings
+
+
+def pass_rates(
+    tasks: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: CheckArguments,
+    model_args: ModelConfig,
+    adapter: str | None,
+) -> dict[str, float]:
+    """
+    Sample a policy on tasks.
+
+    Args:
+        tasks ([`~datasets.Dataset`]):
+            Tasks in the run's prompt format.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy's tokenizer.
+        args ([`CheckArguments`]):
+            How to sample.
+        model_args ([`~trl.ModelConfig`]):
+            A base that passed [`check_policy`](common/policy.py).
+        adapter (`str`, *optional*):
+            Directory of the adapter on it.
+
+    Returns:
+        `dict[str, float]`: Share of completions that pass, by task id.
+    """
+    set_seed(args.seed)
+    model = load_sampler(model_args, adapter)
+    with tqdm(total=len(tasks) * args.num_generations, desc="Completing", unit="completion") as bar:
+        samples = complete(model, tokenizer, tasks, args, bar)
+    by_id = {task["task_id"]: task for task in _rows(tasks)}
+    programs = []
+    for sample in samples:
+        task = by_id[sample["task_id"]]
+        programs.append(
+            task_program(task["prompt"], sample["completion"], task["test"], task["entry_point"], task["setup"])
+        )
+    with Sandbox(timeout=args.sandbox_timeout) as sandbox:
+        verdicts = sandbox.run(programs)
+    passed = Counter(sample["task_id"] for sample, verdict in zip(samples, verdicts, strict=True) if verdict.passed)
+    return {task_id: passed[task_id] / args.num_generations for task_id in by_id}
 
 
 def _judge(references: list[Verdict], nothings: list[Verdict], timeout: float) -> list[str]:

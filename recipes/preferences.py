@@ -29,9 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+from accelerate.utils import set_seed
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from recipes.common.arguments import (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import check_tasks
 from recipes.check_tasks import check, do_nothing, overlaps
 from rewards import load_tasks
 
@@ -85,3 +86,24 @@ def test_command_prints_a_table_and_writes_the_fit_tasks(task_file, tmp_path):
     assert {"good", "no reference"} <= set(load_tasks(str(good))["task_id"]) <= {"good", "no reference", "flaky"}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and "exists, choose another name" in again.stderr
+
+
+def test_a_policy_adds_pass_rates_and_limits_them(tmp_path, tiny_folder, monkeypatch, capsys):
+    file, good = tmp_path / "tasks.jsonl", tmp_path / "good.jsonl"
+    tasks = [row(name, "assert candidate(1) == 2", prompt=f"def f(x):  # {name}\n") for name in ("some", "always")]
+    file.write_text("".join(json.dumps(task) + "\n" for task in [*tasks, ROWS[1]]))
+    replies = {"some": ["    return x + 1", "    return x"], "always": ["    return x + 1", "    return 1 + x"]}
+    samples = [{"task_id": name, "completion": text} for name, texts in replies.items() for text in texts]
+    monkeypatch.setattr(check_tasks, "complete", lambda model, tokenizer, asked, *rest: samples)
+    line = ["--dataset_name", str(file), "--output_file", str(good), "--max_pass_rate", "0.9", "--num_generations", "2"]
+    monkeypatch.setattr(sys, "argv", ["check_tasks.py", *line])
+    with pytest.raises(SystemExit, match="min_pass_rate and max_pass_rate need a policy: set model_name_or_path"):
+        check_tasks.main()
+    monkeypatch.setattr(sys, "argv", ["check_tasks.py", *line, "--model_name_or_path", str(tiny_folder)])
+    check_tasks.main()
+    output = capsys.readouterr().out
+    assert "| pass rate is above max_pass_rate" in output and "mean pass rate of 2 tasks: 0.750" in output
+    assert [json.loads(text) for text in good.read_text().splitlines()] == [
+        {**load_tasks(str(file), "all")[0], "pass_rate": 0.5}
+    ]
+    assert load_tasks(str(good)).to_list() == load_tasks(str(file)).to_list()[:1]

@@ -117,7 +117,11 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     capsys.readouterr()
     print_table([str(tmp_path / "results" / name) for name in results])
     table = capsys.readouterr().out
-    assert "| base      |    0/3 |" in table and "| reinforce |    0/3 |" in table and "| plus |" in table
+    assert (
+        "| base      | completion |    0/3 |" in table
+        and "| reinforce | completion |    0/3 |" in table
+        and "| plus |" in table
+    )
 
 
 def test_qlora_sft_trains_an_fp32_adapter(tmp_path, tiny_folder):

@@ -66,6 +66,24 @@ def adapter_base(adapter: str) -> str:
     return json.loads(path.read_text())["base_model_name_or_path"]
 
 
+def split_off_adapter(model_args: ModelConfig) -> str | None:
+    """
+    Let `model_name_or_path` be an adapter's directory: put the adapter's base in its place.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            The policy.
+
+    Returns:
+        `str` or `None`: The adapter's directory, if it is one.
+    """
+    adapter = model_args.model_name_or_path
+    if not adapter or not Path(adapter, "adapter_config.json").is_file():
+        return None
+    model_args.model_name_or_path = adapter_base(adapter)
+    return adapter
+
+
 def adapter_sha256(adapter: str) -> str:
     """
     Return the hash that tells two adapters apart that were trained into the same directory.

@@ -7,7 +7,7 @@ new one is put on the base. The reward runs every completion against its task's 
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, get_peft_config
 
 from recipes.common.arguments import (
@@ -55,6 +55,26 @@ class RLArguments(TaskArguments):
         check_timeout(self.sandbox_timeout)
 
 
+def fill_rollout(tasks: Dataset, num_tasks: int) -> Dataset:
+    """
+    Repeat tasks that are too few for a rollout, which TRL's sampler fills with different rows.
+
+    Args:
+        tasks ([`~datasets.Dataset`]):
+            The training tasks.
+        num_tasks (`int`):
+            Tasks that a rollout takes.
+
+    Returns:
+        [`~datasets.Dataset`]: The tasks, as often as it takes.
+    """
+    repeats = -(-num_tasks // len(tasks))
+    if repeats == 1:
+        return tasks
+    print(f"A rollout takes {num_tasks} tasks and there are {len(tasks)}: each is repeated {repeats} times")
+    return concatenate_datasets([tasks] * repeats)
+
+
 def train_policy_gradient(
     stage: str,
     trainer_class: type[ReinforceTrainer] | type[PPOClipTrainer],
@@ -85,7 +105,7 @@ def train_policy_gradient(
     def load(split: str) -> Dataset:
         return format_tasks(load_stage_tasks(rl.dataset_name, split), rl, tokenizer, model_args)
 
-    train_dataset = load(rl.dataset_train_split)
+    train_dataset = fill_rollout(load(rl.dataset_train_split), args.generation_batch_size // args.num_generations)
     eval_dataset = load(rl.dataset_test_split) if args.eval_strategy != "no" else None
 
     checkpoint = run.start()
