@@ -87,7 +87,8 @@ class Sandbox:
         isolation (`str`, defaults to `"auto"`): `"auto"` uses every feature of the cage that the kernel has and
             warns about those missing; `"strict"` raises if any is missing.
         packages (`Iterable[str]`, *optional*): Names of installed packages that solutions may import, beside numpy, as
-            in `import`. A worker loads one when a program's solution or setup names it.
+            in `import`. A worker loads one when a program's solution or setup names it. Install them outside of /tmp,
+            which solutions see as an empty folder.
         stdio_mb (`int`, defaults to `64`): Megabytes that the stdin of a script may hold, and its stdout.
 
     Raises:

@@ -350,7 +350,7 @@ def _landlock(scratch, packages):
             # Debian links to files that may not be installed
             if entry.path not in _installed_packages(folder) and os.path.exists(entry.path):
                 allow(entry.path, READ_FILE | READ_DIR)
-    for path in packages:
+    for path in filter(os.path.exists, packages):
         allow(path, READ_FILE | READ_DIR)
     allow(NULL, READ_FILE | WRITE_FILE)
     if scratch:

@@ -229,7 +229,8 @@ def test_solutions_and_tests_may_use_the_packages_named():
 
 
 def test_a_package_may_import_more_of_itself_when_it_is_used():
-    pytest.importorskip("pandas")
+    if pytest.importorskip("pandas").__file__.startswith("/tmp/"):
+        pytest.skip("solutions see another /tmp")
     source = "import pandas as pd\ndef f(x):\n    return str(pd.DataFrame({'a': [x]}).to_string())"
     with Sandbox(workers=1, timeout=30, packages=["pandas"]) as sandbox:
         (verdict,) = sandbox.run([Program(source, "assert f(3).split() == ['a', '0', '3']", "f")])

@@ -164,10 +164,11 @@ def test_rewards_are_those_of_a_local_sandbox(sandbox):
     prompt = "def add(a, b):\n"
     tests = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
     completions = ["    return a + b\n", "    return a - b\n", "    return (\n", "    while True: pass\n"]
-    arguments = [prompt] * 4, completions, [tests] * 4, ["add"] * 4, [[1] * 50, [1] * 10, [1], [1] * 100]
+    columns = {"test": [tests] * 4, "entry_point": ["add"] * 4}
+    columns |= {"completion_ids": [[1] * 50, [1] * 10, [1], [1] * 100]}
     with Sandbox(timeout=TIMEOUT) as local:
-        wanted = UnitTestReward(length_penalty=0.01, sandbox=local)(*arguments)
-    assert UnitTestReward(length_penalty=0.01, sandbox=sandbox)(*arguments) == wanted == [0.995, -0.001, -0.0001, -0.01]
+        wanted = UnitTestReward(length_penalty=0.01, sandbox=local)([prompt] * 4, completions, **columns)
+    assert UnitTestReward(length_penalty=0.01, sandbox=sandbox)([prompt] * 4, completions, **columns) == wanted == [0.995, -0.001, -0.0001, -0.01]
 
 
 def test_a_solution_finds_nothing_of_ray(sandbox, cluster):
