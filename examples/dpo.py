@@ -1,11 +1,11 @@
 """
-DPO from a policy's own programs, in one script: sample, grade, prefer the best of a task to its worst.
+DPO on a policy's own programs, in one script: sample, grade, and prefer each task's best program to its worst.
 
     python examples/dpo.py --model_name_or_path Qwen/Qwen2.5-Coder-0.5B-Instruct --output_dir runs/own_dpo --use_peft
 
-On a machine without a GPU add `--use_cpu`; without the Hub, give the folder that `python recipes/default_model.py`
-prints. The stages `preferences` and `dpo` of `recipes/` do this for long runs: they batch several tasks, go on where
-they were stopped, choose pairs by rule and train on the sampled tokens themselves.
+On a machine without a GPU add `--use_cpu`; without the Hub, give the directory that `python recipes/default_model.py`
+prints. For long runs use the stages `preferences` and `dpo` in `recipes/`: they batch several tasks, resume after an
+interruption, choose pairs by a rule, and train on the sampled token ids.
 """
 
 from datasets import Dataset
@@ -19,7 +19,7 @@ NUM_TASKS, NUM_GENERATIONS, MAX_COMPLETION_LENGTH = 16, 8, 128
 
 
 def preference_pairs(model, tokenizer) -> Dataset:
-    """Pairs in TRL's format, one for each task whose samples differ in reward."""
+    """Form pairs in TRL's format, one for each task whose samples differ in reward."""
     reward, pairs = UnitTestReward(length_penalty=0.01), []
     ends = model.generation_config.eos_token_id  # chat models have several
     eos_token_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -35,11 +35,11 @@ def preference_pairs(model, tokenizer) -> Dataset:
         if rewards[best] > rewards[worst]:
             pairs.append({"prompt": task["prompt"], "chosen": completions[best], "rejected": completions[worst]})
     if not pairs:
-        raise SystemExit("all completions of each task earned the same: sample more of them, or longer ones")
+        raise SystemExit("all completions of each task have the same reward: sample more, or longer ones")
     return Dataset.from_list(pairs)
 
 
-def main():
+def main() -> None:
     args, model_args = TrlParser((DPOConfig, ModelConfig)).parse_args_and_config()
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype="auto").to(args.device)

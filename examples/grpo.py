@@ -3,7 +3,7 @@ The reward in TRL's GRPOTrainer.
 
     python examples/grpo.py --model_name_or_path Qwen/Qwen2.5-Coder-0.5B-Instruct --output_dir runs/grpo --max_steps 20
 
-On a machine without a GPU add `--use_cpu`; without the Hub, give the folder that `python recipes/default_model.py`
+On a machine without a GPU add `--use_cpu`; without the Hub, give the directory that `python recipes/default_model.py`
 prints. `--use_peft` trains a LoRA adapter.
 """
 
@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 from rewards import UnitTestReward, load_tasks
 
 
-def main():
+def main() -> None:
     args, model_args = TrlParser((GRPOConfig, ModelConfig)).parse_args_and_config()
     trainer = GRPOTrainer(
         model=model_args.model_name_or_path,

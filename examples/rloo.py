@@ -1,9 +1,9 @@
 """
-Several rewards in TRL's RLOOTrainer: all tests, a little for each single test, a price for tokens.
+Several rewards in TRL's RLOOTrainer: passing all tests, the share of tests that pass, and a per-token penalty.
 
     python examples/rloo.py --model_name_or_path Qwen/Qwen2.5-Coder-0.5B-Instruct --output_dir runs/rloo --max_steps 20
 
-On a machine without a GPU add `--use_cpu`; without the Hub, give the folder that `python recipes/default_model.py`
+On a machine without a GPU add `--use_cpu`; without the Hub, give the directory that `python recipes/default_model.py`
 prints. `--use_peft` trains a LoRA adapter.
 """
 
@@ -12,7 +12,7 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer, TrlParser, get_peft_config
 from rewards import PartialReward, UnitTestReward, length_reward, load_tasks
 
 
-def main():
+def main() -> None:
     args, model_args = TrlParser((RLOOConfig, ModelConfig)).parse_args_and_config()
     args.reward_weights = [1.0, 0.2, 0.01]
     trainer = RLOOTrainer(
