@@ -46,7 +46,8 @@ def main():
     with Sandbox(WORKERS, timeout=30.0) as local, RaySandbox(actors=WORKERS, timeout=30.0) as remote:
         for times in (1, 8):
             batch = programs * times
-            rate(local, batch), rate(remote, batch)
+            rate(local, batch)
+            rate(remote, batch)
             turns = [(rate(local, batch), rate(remote, batch)) for _ in range(TURNS)]
             shares = [100 * remotely / alone for alone, remotely in turns]
             locally, through_ray = (statistics.median(column) for column in zip(*turns, strict=True))

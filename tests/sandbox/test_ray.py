@@ -168,7 +168,8 @@ def test_rewards_are_those_of_a_local_sandbox(sandbox):
     columns |= {"completion_ids": [[1] * 50, [1] * 10, [1], [1] * 100]}
     with Sandbox(timeout=TIMEOUT) as local:
         wanted = UnitTestReward(length_penalty=0.01, sandbox=local)([prompt] * 4, completions, **columns)
-    assert UnitTestReward(length_penalty=0.01, sandbox=sandbox)([prompt] * 4, completions, **columns) == wanted == [0.995, -0.001, -0.0001, -0.01]
+    got = UnitTestReward(length_penalty=0.01, sandbox=sandbox)([prompt] * 4, completions, **columns)
+    assert got == wanted == [0.995, -0.001, -0.0001, -0.01]
 
 
 def test_a_solution_finds_nothing_of_ray(sandbox, cluster):
