@@ -116,6 +116,9 @@ def from_humaneval(row: Row) -> dict:
             raise ValueError(f"{row.where}: field {name!r} is not Python: {error}") from None
         if name == "test" and not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
             raise ValueError(f"{row.where}: field 'test' defines no function check(candidate)")
+    pass_rate = row.get("pass_rate")
+    if pass_rate is not None and not isinstance(pass_rate, int | float):
+        raise row.error("pass_rate", "write a number from 0 to 1, or leave the field out")
     return {
         "task_id": task_id,
         "prompt": prompt,
@@ -123,6 +126,7 @@ def from_humaneval(row: Row) -> dict:
         "test": row.text("test"),
         "entry_point": entry_point,
         "setup": setup,
+        **({} if pass_rate is None else {"pass_rate": float(pass_rate)}),
     }
 
 

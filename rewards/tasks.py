@@ -41,8 +41,8 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
     The format of a row is recognised by its columns:
 
     - HumanEval, HumanEval+: `task_id`, `prompt`, `test`, `entry_point`, and if you like `canonical_solution` and
-      `setup`. This is the format for tasks of your own. A text prompt that is Python is code to continue; any other
-      text is words, which become a chat message; messages stay as they are.
+      `setup`. A policy's `pass_rate` is kept. This is the format for tasks of your own. A text prompt that is Python is
+      code to continue; any other text is words, which become a chat message; messages stay as they are.
     - MBPP, MBPP sanitized, MBPP+: each prompt becomes the function's signature and docstring, to be continued.
     - AceCode, KodCode, LeetCodeDataset, APPS, TACO, DeepCoder, LiveCodeBench, Code-Contests, open-r1's and
       PrimeIntellect's verifiable coding problems, and verl's form. Their prompts are words and become chat messages.

@@ -1,20 +1,23 @@
 """Recipe files and command lines: what every recipe sets, what a run records of it, and what is refused."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from recipes.common.arguments import TaskArguments, parse_settings
-from recipes.common.policy_gradient import RLArguments
+from recipes.common.policy_gradient import RLArguments, fill_rollout, in_pass_rate
 from recipes.common.provenance import training_commands
 from recipes.common.run_directory import RunDirectory
 from recipes.dpo import PairArguments
 from recipes.evaluate import EvaluateArguments
 from recipes.preferences import PreferencesArguments
+from rewards import load_tasks
 from trainers import PPOClipConfig, ReinforceConfig
 
 ROOT = Path(__file__).parent.parent
@@ -162,3 +165,26 @@ def test_bad_command_lines_are_refused(tmp_path):
         parse_settings(*STAGES["sft"], argv=["--config=absent.yaml"])
     with pytest.raises(SystemExit, match="unknown field 'max_step': did you mean 'max_steps'"):
         parse_settings(*STAGES["sft"], argv=["--output_dir", str(tmp_path), "--max_step", "3"])
+
+
+def test_tasks_are_limited_by_their_pass_rate(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    test = "def check(candidate):\n    assert candidate() == 1\n"
+    rows = [
+        {"task_id": f"t/{rate}", "prompt": "def f():\n", "test": test, "entry_point": "f", "pass_rate": rate}
+        for rate in (0, 0.25, 0.5, 1)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = load_tasks(str(file))
+    assert in_pass_rate(tasks, 0.1, 0.9)["task_id"] == ["t/0.25", "t/0.5"]
+    assert in_pass_rate(tasks, 0.0, 1.0)["task_id"] == ["t/0", "t/0.25", "t/0.5", "t/1"]
+    with pytest.raises(SystemExit, match="no task has a pass rate from 0.6 to 0.9"):
+        in_pass_rate(tasks, 0.6, 0.9)
+    with pytest.raises(SystemExit, match="the tasks have no column 'pass_rate'"):
+        in_pass_rate(tasks.remove_columns("pass_rate"), 0.1, 1.0)
+
+
+def test_few_tasks_are_repeated_to_fill_a_rollout():
+    tasks = Dataset.from_dict({"prompt": ["a", "b", "c"]})
+    assert fill_rollout(tasks, 8)["prompt"] == ["a", "b", "c"] * 3
+    assert fill_rollout(tasks, 3) is tasks

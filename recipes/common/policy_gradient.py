@@ -37,6 +37,11 @@ class RLArguments(TaskArguments):
             "trained."
         },
     )
+    min_pass_rate: float = field(
+        default=0.0,
+        metadata={"help": "Train on tasks with at least this `pass_rate`, a column that check_tasks.py writes."},
+    )
+    max_pass_rate: float = field(default=1.0, metadata={"help": "Train on tasks with at most this `pass_rate`."})
     length_penalty: float = field(
         default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
     )
@@ -53,6 +58,38 @@ class RLArguments(TaskArguments):
         super().__post_init__()
         check_length_penalty(self.length_penalty)
         check_timeout(self.sandbox_timeout)
+
+
+def in_pass_rate(tasks: Dataset, minimum: float, maximum: float) -> Dataset:
+    """
+    Leave out tasks that a policy passes too seldom or too often to learn from.
+
+    Args:
+        tasks ([`~datasets.Dataset`]):
+            Tasks, with the column `pass_rate` if there is a limit.
+        minimum (`float`):
+            Lowest pass rate.
+        maximum (`float`):
+            Highest pass rate.
+
+    Returns:
+        [`~datasets.Dataset`]: The tasks within the limits.
+
+    Raises:
+        SystemExit: The tasks have no pass rates, or none is within the limits.
+    """
+    if (minimum, maximum) == (0.0, 1.0):
+        return tasks
+    if "pass_rate" not in tasks.column_names:
+        raise SystemExit(
+            "min_pass_rate and max_pass_rate: the tasks have no column 'pass_rate': let recipes/check_tasks.py write "
+            "it, with a policy"
+        )
+    within = tasks.filter(lambda task: task["pass_rate"] is not None and minimum <= task["pass_rate"] <= maximum)
+    if not len(within):
+        raise SystemExit(f"min_pass_rate and max_pass_rate: no task has a pass rate from {minimum} to {maximum}")
+    print(f"{len(within)} of {len(tasks)} tasks have a pass rate from {minimum} to {maximum}")
+    return within
 
 
 def fill_rollout(tasks: Dataset, num_tasks: int) -> Dataset:
@@ -105,7 +142,8 @@ def train_policy_gradient(
     def load(split: str) -> Dataset:
         return format_tasks(load_stage_tasks(rl.dataset_name, split), rl, tokenizer, model_args)
 
-    train_dataset = fill_rollout(load(rl.dataset_train_split), args.generation_batch_size // args.num_generations)
+    train_dataset = in_pass_rate(load(rl.dataset_train_split), rl.min_pass_rate, rl.max_pass_rate)
+    train_dataset = fill_rollout(train_dataset, args.generation_batch_size // args.num_generations)
     eval_dataset = load(rl.dataset_test_split) if args.eval_strategy != "no" else None
 
     checkpoint = run.start()
