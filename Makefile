@@ -36,7 +36,8 @@ reproduce: $(ROWS:%=$(RESULTS)/%/metrics.json) $(ROWS:%=$(RESULTS)/%/sampled/met
 	@$(BIN)/python recipes/report.py $(RESULTS)
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q tests/sandbox
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/sandbox tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,9 +71,10 @@ def test_every_reference_passes_in_every_dressing(sandbox, tasks, whole):
             chat = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": reply}]
             programs.append(task_program(*chat, task["test"], task["entry_point"], task["setup"]))
             names.append((name, task["task_id"]))
-    verdicts = sandbox.run(programs)
-    assert [(n, v.detail) for n, v in zip(names, verdicts, strict=True) if not v.passed] == []
-    assert len(verdicts) == 164 * len(DRESS)
+    different = list(dict.fromkeys(programs))  # most dressings come off without a trace
+    verdicts = dict(zip(different, sandbox.run(different), strict=True))
+    assert [(n, verdicts[p].detail) for n, p in zip(names, programs, strict=True) if not verdicts[p].passed] == []
+    assert len(programs) == 164 * len(DRESS)
 
 
 def reply_source(reply, entry_point="f"):
