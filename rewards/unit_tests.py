@@ -117,6 +117,9 @@ class UnitTestReward:
             The tasks' column that holds their tests.
         entry_point_column (`str`, *optional*, defaults to `"entry_point"`):
             The tasks' column that holds the name of the function under test.
+        penalize_failures (`bool`, *optional*, defaults to `True`):
+            Whether a completion that fails pays for its length too, as published. With `False` every failure gets 0,
+            so that a policy cannot earn by failing in fewer tokens.
 
     Raises:
         ValueError: `length_penalty` is negative.
@@ -128,6 +131,7 @@ class UnitTestReward:
         sandbox: Sandbox | None = None,
         test_column: str = "test",
         entry_point_column: str = "entry_point",
+        penalize_failures: bool = True,
     ):
         if not length_penalty >= 0:
             raise ValueError(f"length_penalty is {length_penalty}: write 0 or more, it is subtracted from the reward")
@@ -135,6 +139,7 @@ class UnitTestReward:
         self._sandbox = sandbox
         self.test_column = test_column
         self.entry_point_column = entry_point_column
+        self.penalize_failures = penalize_failures
         self.__name__ = "unit_tests"  # TRL names a reward function's metrics by this
 
     def __call__(
@@ -207,9 +212,13 @@ class UnitTestReward:
             log_extra("verdict", [verdict.status for verdict in verdicts])
             log_extra("completion_tokens", lengths)
         return [
-            None if verdict.status == "invalid" else float(verdict.passed) - self.length_penalty * length / 100
+            None if verdict.status == "invalid" else self._reward(verdict.passed, length)
             for verdict, length in zip(verdicts, lengths, strict=True)
         ]
+
+    def _reward(self, passed: bool, length: int) -> float:
+        pays = passed or self.penalize_failures
+        return float(passed) - (self.length_penalty * length / 100 if pays else 0.0)
 
 
 _unit_tests = UnitTestReward()

@@ -40,6 +40,18 @@ def test_reward_is_pass_minus_price_of_tokens(sandbox):
     }
 
 
+def test_a_failure_costs_nothing_where_passing_completions_alone_pay_for_length(sandbox):
+    reward = UnitTestReward(length_penalty=0.03, sandbox=sandbox, penalize_failures=False)
+    rewards = reward(
+        prompts=[PROMPT] * 2,
+        completions=["    return 2 * n", "    return n"],
+        completion_ids=[[7] * 10, [7] * 50],
+        test=[TEST] * 2,
+        entry_point=["twice"] * 2,
+    )
+    assert rewards == pytest.approx([1 - 0.003, 0.0], abs=1e-12)
+
+
 def test_chat_reply_is_graded_by_its_fenced_block(sandbox):
     messages = [{"role": "user", "content": "Write twice(n)."}]
     replies = [

@@ -6,85 +6,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference_update import (
+    COMMON,
+    RecordingReward,
+    dataset,
+    log_prob,
+    policy,
+    ppo_clip_loss,
+    reference_update,
+    reinforce_loss,
+    train_with_sgd,
+)
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
-
-PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n\n\ndef long_name(x):\n", "b"]
-COMMON = {
-    "max_completion_length": 6,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "lr_scheduler_type": "constant",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "seed": 3,
-}
-
-
-def policy(model):
-    torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-
-
-def dataset(repeats=1):
-    return Dataset.from_dict({"prompt": PROMPTS * repeats})
-
-
-class RecordingReward:
-    """A deterministic reward that keeps the rollouts it was asked about."""
-
-    __name__ = "recording"
-
-    def __init__(self):
-        self.rollouts = []
-
-    def __call__(self, prompts, completions, completion_ids, **kwargs):
-        rewards = [0.5 - (sum(ids) % 7) / 3 for ids in completion_ids]
-        self.rollouts.append((prompts, completion_ids, rewards))
-        return rewards
-
-
-def train_with_sgd(trainer_class, config, model, learning_rate):
-    reward = RecordingReward()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    trainer = trainer_class(model, reward, config, train_dataset=dataset(), optimizers=(optimizer, None))
-    trainer.train()
-    return reward, trainer
-
-
-def log_prob(model, tokenizer, prompt, completion):
-    """Of a whole completion, by a plain forward of it alone."""
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    logits = model(torch.tensor([prompt_ids + completion])).logits[0, len(prompt_ids) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(completion)), completion].sum()
-
-
-def reference_update(model, tokenizer, rollout, learning_rate, num_epochs, loss_of):
-    """The independent reference: plain forwards, a loss, a step of SGD."""
-    prompts, completion_ids, rewards = rollout
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    old = None
-    for _ in range(num_epochs):
-        log_probs = torch.stack([log_prob(model, tokenizer, *row) for row in zip(prompts, completion_ids, strict=True)])
-        old = log_probs.detach() if old is None else old
-        gradients = torch.autograd.grad(loss_of(log_probs, old, torch.tensor(rewards)), parameters)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= learning_rate * gradient
-
-
-def reinforce_loss(log_probs, old, rewards):
-    return -(rewards * log_probs).mean()
-
-
-def ppo_clip_loss(log_probs, old, rewards):
-    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
-    ratio = (log_probs - old).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
 @pytest.mark.parametrize(
@@ -190,17 +125,6 @@ def test_advantages_of_each_baseline(tmp_path, tiny_model):
     torch.testing.assert_close(bounded, torch.tensor([0.35, -0.15, -0.15, -0.15, 0.1, 0.0]))
 
 
-def test_extreme_ratio_is_reported_and_stays_finite(tmp_path, tiny_model):
-    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, **COMMON)
-    trainer = PPOClipTrainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset())
-    logps = torch.tensor([900.0, -900.0], requires_grad=True)
-    inputs = {"old_per_token_logps": torch.zeros(2, 1), "completion_mask": torch.ones(2, 1)}
-    loss = trainer.policy_loss(logps[:, None], inputs | {"advantages": torch.tensor([1.0, -1.0])})
-    loss.backward()
-    assert loss.isfinite() and logps.grad.isfinite().all()
-    assert trainer._metrics["train"]["ratio/max"] == [pytest.approx(4.85e8, rel=0.01)]
-
-
 def test_adapter_masters_are_fp32_and_a_step_at_5e_6_is_that_of_an_fp32_model(tmp_path, tiny_model):
     """TRL casts the adapter of a quantised base to bf16, where this step would round to nothing."""
 
@@ -293,72 +217,6 @@ def test_no_forward_more_than_needed(tmp_path, tiny_model, trainer_class, config
     assert all(kwargs["fused_lm_head"] for kwargs in forwards)
 
 
-@pytest.mark.parametrize(
-    "settings, expected",
-    [
-        # Ratios of the rows' tokens: (1.5, 1.5, -), (0.5, 2.0, 1.0); the mask ends the first row after two tokens
-        ({}, -(1.2 * 1.0 + -1.0 * 1.0) / 2),
-        ({"importance_sampling_level": "token"}, -((1.2 + 1.2) * 1.0 + (-0.8 - 2.0 - 1.0)) / 2),
-        ({"importance_sampling_level": "token", "dual_clip": 1.5}, -((1.2 + 1.2) * 1.0 + (-0.8 - 1.5 - 1.0)) / 2),
-    ],
-)
-def test_ppo_loss_of_completions_and_of_tokens(tmp_path, tiny_model, settings, expected):
-    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, **settings, **COMMON)
-    trainer = PPOClipTrainer(policy(tiny_model), RecordingReward(), config, train_dataset=dataset())
-    inputs = {
-        "old_per_token_logps": torch.zeros(2, 3),
-        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-        "advantages": torch.tensor([1.0, -1.0]),
-    }
-    loss = trainer.policy_loss(torch.tensor([[1.5, 1.5, 7.0], [0.5, 2.0, 1.0]]).log(), inputs)
-    torch.testing.assert_close(loss, torch.tensor(expected))
-
-
-def test_epochs_beyond_the_target_kl_leave_the_policy_alone(tmp_path, tiny_model):
-    model = policy(tiny_model)
-    moved = []
-
-    class Trainer(PPOClipTrainer):
-        def log(self, logs, start_time=None):
-            super().log(logs, start_time)
-            if "approx_kl" in logs or "skipped_epochs" in logs:
-                moved.append((logs["skipped_epochs"], sum(p.double().sum().item() for p in model.parameters())))
-
-    settings = {"num_iterations": 4, "max_steps": 8, "target_kl": 1e-3, "epsilon": 10.0}
-    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=4, learning_rate=1e-2, **settings, **COMMON)
-    Trainer(model, RecordingReward(), config, train_dataset=dataset(2)).train()
-    # The first epoch's own KL is 0, the second's is that of one step: the third and fourth are skipped
-    assert [skipped for skipped, _ in moved] == [0, 0, 1, 1] * 2
-    sums = [total for _, total in moved]
-    assert sums[1] == sums[2] == sums[3] and len(set(sums)) == 4
-
-
-def test_old_log_probabilities_are_the_rollouts_when_it_starts_within_a_step(tmp_path, tiny_model, tiny_tokenizer):
-    """With 3 micro-batches a rollout and 4 a step, the policy moves before the last micro-batch of a first epoch."""
-    model = policy(tiny_model)
-    at_rollout = copy.deepcopy(model)
-    differences = []
-
-    def reward(completion_ids, **kwargs):
-        at_rollout.load_state_dict(model.state_dict())
-        return [float(sum(ids) % 7) for ids in completion_ids]
-
-    class Trainer(PPOClipTrainer):
-        def policy_loss(self, per_token_logps, inputs):
-            loss = super().policy_loss(per_token_logps, inputs)
-            for row, old in enumerate((inputs["old_per_token_logps"] * inputs["completion_mask"]).sum(1)):
-                parts = [inputs[f"{x}_ids"][row][inputs[f"{x}_mask"][row].bool()] for x in ("prompt", "completion")]
-                prompt, completion = (part.tolist() for part in parts)
-                expected = log_prob(at_rollout, tiny_tokenizer, tiny_tokenizer.decode(prompt), completion)
-                differences.append((old - expected).abs().item())
-            return loss
-
-    settings = {"gradient_accumulation_steps": 4, "steps_per_generation": 3, "num_iterations": 1, "max_steps": 3}
-    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=2, learning_rate=0.1, **settings, **COMMON)
-    Trainer(model, reward, config, train_dataset=dataset(6)).train()
-    assert len(differences) == 3 * 4 * 2 and max(differences) < 1e-3, differences
-
-
 def test_completions_that_are_cut_off_do_not_count_when_masked(tmp_path, tiny_model):
     """All of them, of a policy that never stops: no step, and no failure either."""
 
@@ -414,6 +272,7 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
         (ReinforceConfig, {"temperature": 0.0}, "temperature is 0.0"),
         (ReinforceConfig, {"baseline": "critic"}, "baseline is 'critic'"),
         (ReinforceConfig, {"baseline": "group"}, "set num_generations to 2 or more"),
+        (ReinforceConfig, {"drop_uninformative_groups": True}, "compares completions of one prompt"),
         (ReinforceConfig, {"num_iterations": 2}, "num_iterations is 2"),
         (ReinforceConfig, {"min_advantage_std": -1.0}, "min_advantage_std is -1.0"),
         (PPOClipConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),

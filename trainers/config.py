@@ -48,6 +48,14 @@ class PolicyGradientConfig(RLOOConfig):
             "choices": list(BASELINES),
         },
     )
+    drop_uninformative_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to leave out prompts whose completions all pass or all fail: of the advantages, the loss "
+            "and its forward and backward. Such a group teaches length at most. Rewards that log no `verdict` (all but "
+            "`UnitTestReward`) are compared instead. The loss is the mean over the completions that are left."
+        },
+    )
     min_advantage_std: float = field(
         default=0.0,
         metadata={
@@ -66,6 +74,10 @@ class PolicyGradientConfig(RLOOConfig):
             raise ValueError(f"baseline is {self.baseline!r}: write one of {', '.join(map(repr, BASELINES))}")
         if self.baseline == "group" and self.num_generations < 2:
             raise ValueError("baseline 'group' compares completions of one prompt: set num_generations to 2 or more")
+        if self.drop_uninformative_groups and self.num_generations < 2:
+            raise ValueError(
+                "drop_uninformative_groups compares completions of one prompt: set num_generations to 2 or more"
+            )
         if self.min_advantage_std < 0:
             raise ValueError(f"min_advantage_std is {self.min_advantage_std}: write 0 or more")
         if self.use_transformers_continuous_batching:

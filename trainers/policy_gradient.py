@@ -9,6 +9,7 @@ The private names of TRL and transformers that this rests on are listed in `priv
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
 from .learning_signal import SignalWatch, collapse
+from .micro_batches import micro_batches
 from .rollout import decode_completions, generate_completions
 
 logger = logging.getLogger(__name__)
@@ -127,7 +129,12 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         steps = self.args.steps_per_generation
         # The buffer is empty in the middle of a cycle when a run continues from a checkpoint without one
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._micro_batches(self._roll_out(generation_batch))
+            self._buffered_inputs = micro_batches(
+                self._roll_out(generation_batch),
+                num_batches=steps,
+                num_steps=steps // math.gcd(steps, self.args.gradient_accumulation_steps),
+                keeps_padding=self.pad_to_multiple_of is not None,
+            )
         return self._buffered_inputs[self._step % steps]
 
     def _roll_out(self, tasks: list[dict]) -> dict[str, torch.Tensor]:
@@ -157,6 +164,12 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         rewards = weighted.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
         if self.reward_clip_range:
             rewards = rewards.clamp(*self.reward_clip_range)
+        if mode == "train":
+            is_mixed = self._mixed_groups(rewards)
+            self._metrics["train"]["frac_mixed_groups"].append(is_mixed.float().mean().item())
+            is_kept = is_mixed.repeat_interleave(self.num_generations)
+            if self.args.drop_uninformative_groups:
+                rewards = rewards.masked_fill(~is_kept, torch.nan)
         if self.beta != 0.0:
             policy_logps, reference_logps = logps
             kl = ((policy_logps - reference_logps) * rollout["completion_mask"]).sum(1)
@@ -175,6 +188,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
         first = self.accelerator.process_index * len(tasks)
         rollout["advantages"] = advantages[first : first + len(tasks)]
+        if mode == "train" and self.args.drop_uninformative_groups:
+            rollout["is_kept"] = is_kept[first : first + len(tasks)]
         del rollout["old_logps"]  # sums over whole completions
         if self.needs_old_logps:
             rollout["old_per_token_logps"] = logps[0]
@@ -244,51 +259,32 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             self._rollout_logps.append(result[0])
         return result
 
+    @property
+    def _verdicts(self) -> list[str] | None:
+        """The verdicts of the rollout in the making, if the only reward logs them, as `UnitTestReward` does."""
+        verdicts = self._logs["extra"].get("verdict") if len(self.reward_funcs) == 1 else None
+        return [*verdicts] if verdicts else None
+
+    def _mixed_groups(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return for each prompt whether some of its completions pass and others do not (or how rewards differ)."""
+        scored = ~rewards.isnan()
+        if verdicts := self._verdicts:
+            rewards = rewards.new_tensor([verdict == "passed" for verdict in verdicts])
+        best = rewards.masked_fill(~scored, -torch.inf).view(-1, self.num_generations).amax(1)
+        worst = rewards.masked_fill(~scored, torch.inf).view(-1, self.num_generations).amin(1)
+        return best - worst > 1e-8
+
     def _note_signal(self, rewards: torch.Tensor) -> None:
         """Count the groups whose rewards are the same, and warn of a run in which nothing can be learnt."""
         groups = rewards.view(-1, self.num_generations if self.args.baseline == "group" else len(rewards))
         same = groups.amax(1) - groups.amin(1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"][-1] = same.float().mean().item()
         if self.accelerator.is_main_process:
-            verdicts = self._logs["extra"].get("verdict") if len(self.reward_funcs) == 1 else None
+            verdicts = self._verdicts
             self._signal_watch.note(
                 [verdict == "passed" for verdict in verdicts] if verdicts else rewards.tolist(),
                 None if self.args.baseline == "none" and not self.normalize_advantages else groups.size(1),
             )
-
-    def _micro_batches(self, rollout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """
-        Split a rollout into shuffled micro-batches of equal size without needless padding.
-
-        Within one optimizer step, the completions of a prompt and prompts of similar length stand together, which saves
-        padding and repeated prompts and changes no sum.
-        """
-        num_rows = len(rollout["advantages"])
-        size = num_rows // self.args.steps_per_generation
-        rows_a_step = size * min(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
-        masked = zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)
-        prompts = [ids[mask].tolist() for ids, mask in masked]
-        batches = []
-        for step in torch.randperm(num_rows).split(rows_a_step):
-            rows = sorted(step.tolist(), key=lambda row: (len(prompts[row]), prompts[row]))
-            batches += [
-                self._without_padding({name: tensor[rows[i : i + size]] for name, tensor in rollout.items()})
-                for i in range(0, len(rows), size)
-            ]
-        return batches
-
-    def _without_padding(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Cut off the columns that are padding in every row."""
-        if self.pad_to_multiple_of is not None:
-            return batch
-        prompt_length = int(batch["prompt_mask"].sum(1).max())
-        completion_length = max(1, int(batch["completion_mask"].sum(1).max()))
-        for name in ("prompt_ids", "prompt_mask"):
-            batch[name] = batch[name][:, -prompt_length:]
-        for name in ("completion_ids", "completion_mask", "old_per_token_logps"):
-            if name in batch:
-                batch[name] = batch[name][:, :completion_length]
-        return batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         if return_outputs:
@@ -305,7 +301,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         metrics = self._metrics["train" if self.model.training else "eval"]
         entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
         metrics["entropy"].append(gather(entropy).mean().item())
-        loss = self.policy_loss(per_token_logps.float(), inputs)
+        loss = self.policy_loss(per_token_logps.float(), inputs) * inputs.get("loss_weight", 1.0)
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
             metrics["aux_loss"].append(gather(aux_loss.detach()).mean().item())

@@ -45,6 +45,10 @@ class RLArguments(TaskArguments):
     length_penalty: float = field(
         default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
     )
+    penalize_failures: bool = field(
+        default=True,
+        metadata={"help": "Whether completions that fail pay the length penalty too. If not, every failure gets 0."},
+    )
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
     dataset_test_split: str = field(
         default="validation",
@@ -150,7 +154,7 @@ def train_policy_gradient(
     with Sandbox(timeout=rl.sandbox_timeout) as sandbox:
         trainer = trainer_class(
             model=load_policy(model_args, args.device, rl.adapter_name_or_path),
-            reward_funcs=UnitTestReward(rl.length_penalty, sandbox),
+            reward_funcs=UnitTestReward(rl.length_penalty, sandbox, penalize_failures=rl.penalize_failures),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
