@@ -2,7 +2,7 @@
 The decoding loop that runs on any device: one forward a token-step, over the rows that have not ended.
 
 Beyond a plain `generate`, and without changing the distribution: a prompt that repeats in the batch is prefilled once,
-finished rows leave the batch, the LM head sees last positions only, and the cache is not copied at every step. Not
+finished rows leave the batch (once they are an eighth of it), the LM head sees last positions only, and the cache is not copied at every step. Not
 covered: beam search, repetition penalties and encoder-decoder models.
 """
 
@@ -17,6 +17,8 @@ from .sampling import sample_tokens
 
 # Tokens of free space that the cache gets when it grows
 CACHE_ROOM = 64
+# Share of the rows that may have ended before they leave the batch, which copies the cache of all others
+MAX_ENDED = 1 / 8
 
 
 class _RoomyLayer(DynamicLayer):
@@ -118,19 +120,22 @@ def generate_completions(
             completions = [[] for _ in prompt_ids]
             eos = torch.tensor(eos_token_ids, device=device)
 
+            going = torch.ones(len(live), dtype=torch.bool, device=device)
             for step in range(max_completion_length):
                 tokens = sample_tokens(logits, temperature, top_p, top_k)
-                for row, token in zip(live, tokens.tolist(), strict=True):
-                    completions[row].append(token)
-                going = ~torch.isin(tokens, eos)
+                for row, token, is_going in zip(live, tokens.tolist(), going.tolist(), strict=True):
+                    if is_going:
+                        completions[row].append(token)
+                num_going = int(going.sum())
+                going = going & ~torch.isin(tokens, eos)
                 if on_token is not None:
-                    on_token(len(live) - int(going.sum()))
+                    on_token(num_going - int(going.sum()))
                 if step + 1 == max_completion_length or not going.any():
                     break
-                if not going.all():
+                if int(going.sum()) <= (1 - MAX_ENDED) * len(live):
                     keep = going.nonzero()[:, 0]
                     live = [live[i] for i in keep.tolist()]
-                    tokens, mask, lengths = tokens[keep], mask[keep], lengths[keep]
+                    tokens, mask, lengths, going = tokens[keep], mask[keep], lengths[keep], going[keep]
                     cache.batch_select_indices(keep)
                 mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
                 logits = next_token_logits(
