@@ -4,11 +4,15 @@
 #                   HUMANEVAL_PLUS=FILE adds stricter tests
 # make test         set up and run the tests
 # make lint         check style and types; `make format` applies the fixes
+# The first two compute on the GPU if there is one; DEVICE=cpu insists on the CPU.
 # All can be repeated: finished stages are skipped, and an interrupted stage resumes from its last checkpoint.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+ifndef DEVICE
+DEVICE := $(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu)
+endif
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/$(if $(filter cpu,$(DEVICE)),cpu,single_gpu).yaml
 RECIPES := recipes/qwen2.5-coder-0.5b/completion
 QUICK := runs/quickstart
 QUICK_ROWS := base sft reinforce ppo_clip
@@ -18,7 +22,7 @@ RL_ROWS := reinforce_alpha0.01 reinforce_alpha0.03 \
 	ppo_alpha0.01_bs4 ppo_alpha0.03_bs4 ppo_alpha0.01_bs8 ppo_alpha0.03_bs8
 SEED_ROWS := sft_seed43 sft_seed44 reinforce_alpha0.01_seed43 reinforce_alpha0.01_seed44
 ROWS := base sft $(RL_ROWS) dpo $(SEED_ROWS)
-SAMPLED := --num_generations 10 --temperature 0.2 --per_device_eval_batch_size 110
+SAMPLED := --num_generations 10 --temperature 0.2 --per_device_eval_batch_size $(if $(filter cpu,$(DEVICE)),110,330)
 HUMANEVAL_PLUS :=
 
 export HF_HUB_DISABLE_TELEMETRY := 1
