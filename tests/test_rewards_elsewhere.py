@@ -1,8 +1,14 @@
-"""The rewards in the trainers that people use them with: TRL's, ours, and TRL's command line; and those to combine."""
+"""The rewards in the trainers that people use them with: TRL's, ours, verl, verifiers; and those to combine."""
 
+import asyncio
+import inspect
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -15,13 +21,15 @@ from rewards import (
     PartialReward,
     UnitTestReward,
     compiles_reward,
+    elsewhere,
     length_reward,
     load_tasks,
     partial_reward,
     unit_test_reward,
 )
+from rewards.elsewhere import compute_score, rubric_reward, task_reward, verl_rows
 from rewards.shaping import split_tests
-from sandbox import Sandbox
+from sandbox import Sandbox, Verdict
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 
 # Whatever follows is a comment, so most completions of a random policy pass, and the rewards are known
@@ -213,3 +221,102 @@ def test_length_and_pass_add_up_to_the_reward(sandbox):
     passed, lengths = UnitTestReward(0, sandbox)(**rows), length_reward(**rows)
     both = [p + 0.03 * t for p, t in zip(passed, lengths, strict=True)]
     assert UnitTestReward(0.03, sandbox)(**rows) == pytest.approx(both, abs=1e-12)
+
+
+FENCED = "Here it is:\n```python\n{}\n```"
+TWICE_REPLIES = {  # and the score of each
+    FENCED.format("def twice(n):\n    return 2 * n"): 1.0,
+    FENCED.format("def twice(n):\n    return n"): 0.0,
+    FENCED.format("while True:\n    pass"): 0.0,
+    "I cannot do that.": 0.0,
+}
+
+
+def test_verl_calls_the_reward_from_threads(tmp_path, sandbox, monkeypatch):
+    """With the names that verl's reward managers pass, which run the function in an executor."""
+    task = {"task_id": "mine/1", "prompt": TWICE, "test": TWICE_TEST, "entry_point": "twice", "canonical_solution": ""}
+    monkeypatch.setattr(elsewhere, "default_sandbox", lambda: sandbox)
+    rows = verl_rows(Dataset.from_list([task]))
+    rows.to_parquet(tmp_path / "train.parquet")
+    (read,) = load_tasks(str(tmp_path / "train.parquet"), "train")
+    assert (read["test"], read["entry_point"]) == (TWICE_TEST, "twice")
+    assert TWICE in read["prompt"][0]["content"], "text prompts become chat messages"
+
+    def score(reply):
+        row = rows[0]
+        return compute_score(
+            data_source=row["data_source"],
+            solution_str=reply,
+            ground_truth=row["reward_model"]["ground_truth"],
+            extra_info={**row["extra_info"], "num_turns": 2, "rollout_reward_scores": {}},
+            reward_router_address=None,
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(score, list(TWICE_REPLIES) * 2)) == list(TWICE_REPLIES.values()) * 2
+
+
+def test_verl_ground_truth_in_the_forms_of_its_data_sets():
+    def score(truth, program, **extra_info):
+        return compute_score("taco", FENCED.format(program), truth, extra_info)
+
+    cases = {"inputs": ["2\n"], "outputs": ["3\n"]}
+    assert score(json.dumps(cases), "print(int(input()) + 1)") == score(cases, "print(int(input()) + 1)") == 1.0
+    assert score(cases, "print(4)") == 0.0
+    method = json.dumps({"fn_name": "inc", "inputs": [[1]], "outputs": [2]})
+    solution = "class Solution:\n    def inc(self, x):\n        return x + 1"
+    assert score(method, solution, prompt="class Solution:\n    def inc(self, x):") == 1.0
+    assert score(["assert inc(1) == 2"], "def inc(x):\n    return x + 1") == 1.0
+    assert score({"test": "def check(f):\n    undefined(f)\n", "entry_point": "inc"}, "inc = abs") == 0.0, "not judged"
+    with pytest.raises(ValueError, match="ground_truth: the task makes no test: .*: leave the row out"):
+        score({"functional": "def ("}, "inc = abs")
+
+
+def test_verifiers_rubric_and_task_score_replies(sandbox, monkeypatch):
+    monkeypatch.setattr(elsewhere, "default_sandbox", lambda: sandbox)
+    columns = {"test": TWICE_TEST, "entry_point": "twice"}
+
+    async def score(call):
+        return await asyncio.gather(*(call(reply) for reply in TWICE_REPLIES))
+
+    def as_rubric(reply):  # a rubric passes those of its objects whose names the function has
+        return rubric_reward(completion=[{"role": "assistant", "content": reply}], info=columns)
+
+    def as_task(reply):
+        return task_reward(task=SimpleNamespace(**columns, prompt="Write it."), trace=SimpleNamespace(last_reply=reply))
+
+    for call in (as_rubric, as_task, lambda reply: rubric_reward(reply, json.dumps(columns))):
+        assert asyncio.run(score(call)) == list(TWICE_REPLIES.values())
+    assert not {"states", "prompts", "completions", "answers", "tasks", "infos"} & set(
+        inspect.signature(rubric_reward).parameters
+    ), "a rubric would pass whole groups"
+    with pytest.raises(ValueError, match="the task could not be judged: .*undefined"):
+        asyncio.run(rubric_reward("def twice(n): ...", {**columns, "test": "def check(f):\n    undefined(f)\n"}))
+
+
+def test_what_is_asked_for_meanwhile_runs_as_one_batch(monkeypatch):
+    batches, started, go_on = [], threading.Event(), threading.Event()
+
+    class Slow:
+        def run(self, programs):
+            batches.append(list(programs))
+            started.set()
+            assert go_on.wait(20)
+            if "raise" in batches[-1]:
+                raise RuntimeError("the sandbox is gone")
+            return [Verdict("passed", program, 0.0) for program in batches[-1]]
+
+    monkeypatch.setattr(elsewhere, "default_sandbox", Slow)
+    batcher = elsewhere._Batcher()
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(batcher.run, "first")
+        assert started.wait(20)
+        others = [pool.submit(batcher.run, name) for name in "abcd"]
+        while batcher._waiting.qsize() < 4:
+            time.sleep(0.01)
+        go_on.set()
+        assert [future.result().detail for future in (first, *others)] == ["first", *"abcd"]
+        assert [sorted(batch) for batch in batches] == [["first"], [*"abcd"]]
+        with pytest.raises(RuntimeError, match="the sandbox is gone"):
+            batcher.run("raise")
+        assert batcher.run("after").detail == "after"
