@@ -177,6 +177,22 @@ def test_stage_continues_after_a_crash_and_saves_one_adapter(tmp_path, recipe, s
     assert "this run has finished" in capsys.readouterr().out
 
 
+def test_without_an_adapter_a_new_one_is_trained_against_the_base(tmp_path, recipe, monkeypatch):
+    fields = yaml.safe_load(recipe.read_text()) | {
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "max_steps": 2,
+    }
+    del fields["adapter_name_or_path"]
+    recipe.write_text(yaml.safe_dump(fields))
+    run_stage(monkeypatch, recipe, tmp_path / "new")
+    log = json.loads((tmp_path / "new" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["rewards/margins"] == 0.0 and log[1]["rewards/margins"] > 0
+    assert (
+        len(load_file(tmp_path / "new" / "adapter_model.safetensors")) == 8
+    )  # A and B of two projections in two layers
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -208,7 +224,6 @@ def test_no_pairs_are_refused(tmp_path, recipe, monkeypatch):
         ({"preferences": "absent"}, "there is no file absent: has the stage 'preferences' finished"),
         ({"preferences": "tests"}, "there is no file tests/pairs.jsonl: has the stage 'preferences' finished"),
         ({"preferences": "LICENSE"}, "LICENSE:1: not a line of JSON"),
-        ({"adapter_name_or_path": None}, "adapter_name_or_path is not set"),
         ({"adapter_name_or_path": "absent"}, "there is no adapter in 'absent'"),
         ({"bta": 0.1}, "unknown field 'bta': did you mean 'beta'"),
     ],
