@@ -171,7 +171,7 @@ def test_sft_teaches_the_reference_and_the_end_of_turn(chat_folder, chat_tokeniz
 
 def test_sft_refuses_what_it_would_cut_off_or_cannot_teach(tiny_tokenizer):
     with pytest.raises(
-        SystemExit, match="max_length is 30, and add/0 has 42 tokens with its reference: raise max_length"
+        SystemExit, match="max_length is 30, and add/0 has 42 tokens with its completion: raise max_length"
     ):
         sft.reference_dataset(TASKS, tiny_tokenizer, 30)
     assert len(sft.reference_dataset(TASKS, tiny_tokenizer, 42)) == 3
