@@ -121,6 +121,7 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
         "| base      | completion |    0/3 |" in table
         and "| reinforce | completion |    0/3 |" in table
         and "| plus |" in table
+        and "|  +0.0 [+0.0, +0.0] |" in table
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes import report
-from recipes.common.intervals import bootstrap_interval, mcnemar_p
+from recipes.common.intervals import bootstrap_interval, mcnemar_p, paired_gain
 from recipes.common.pictures import _spread
 from recipes.common.provenance import machine
 from recipes.evaluate import summarize
@@ -32,6 +32,17 @@ def test_bootstrap_is_seeded_and_right():
     # The sum of 33 draws is binomial: P[X <= 9] = 0.011, P[X <= 10] = 0.027; P[X <= 21] = 0.973, P[X <= 22] = 0.989
     assert bootstrap_interval([1.0] * 16 + [0.0] * 17) == pytest.approx([10 / 33, 22 / 33])
     assert bootstrap_interval([0.5] * 4) == [0.5, 0.5]
+
+
+def test_a_gain_is_paired_by_task_and_resamples_seeds():
+    noisy = [0.0, 1.0] * 50
+    gain, interval = paired_gain(noisy, [[value + 0.25 for value in noisy]])
+    assert (gain, interval) == (0.25, [0.25, 0.25]), "what tasks have in common cancels out"
+    gain, interval = paired_gain([0.0] * 4, [[0.0] * 4, [1.0] * 4])
+    assert (gain, interval) == (0.5, [0.0, 1.0]), "of two resamples of two runs, a quarter each is one run alone"
+    # As of a bootstrap of the differences, of which 17 of 33 are one
+    gain, interval = paired_gain([1.0] * 16 + [0.0] * 17, [[1.0] * 33])
+    assert gain == pytest.approx(17 / 33) and interval == pytest.approx([11 / 33, 23 / 33])
 
 
 def write_run(folder, completions, passed, **fields):

@@ -3,10 +3,13 @@
 import json
 from io import StringIO
 from pathlib import Path
+from statistics import mean
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from recipes.common.intervals import paired_gain
 
 
 def read_metrics(folder: str) -> dict:
@@ -29,6 +32,33 @@ def read_metrics(folder: str) -> dict:
     return json.loads(path.read_text())
 
 
+def task_means(folder: str) -> dict[str, dict[str, float]]:
+    """
+    Read the means of an evaluation's samples of each task.
+
+    Args:
+        folder (`str`):
+            A result directory.
+
+    Returns:
+        `dict[str, dict[str, float]]`: By task id the means of `passed`, `completion_tokens` and, if it was graded,
+        `passed_plus`.
+    """
+    samples = {}
+    for line in (Path(folder) / "per_task.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        samples.setdefault(sample["task_id"], []).append(sample)
+    names = ("passed", "completion_tokens", "passed_plus")
+    return {
+        task_id: {name: mean(sample[name] for sample in group) for name in names if name in group[0]}
+        for task_id, group in samples.items()
+    }
+
+
+def _gain(first: dict, own: dict, name: str) -> tuple[float, list[float]]:
+    return paired_gain([first[task][name] for task in first], [[own[task][name] for task in first]])
+
+
 def results_table(results: list[str]) -> str:
     """
     Return finished evaluations as one table.
@@ -38,32 +68,42 @@ def results_table(results: list[str]) -> str:
             Result directories.
 
     Returns:
-        `str`: The table, in Markdown.
+        `str`: The table, in Markdown. Rows over the same tasks as the first have a gain over it: the difference of
+        pass rates in points and of mean tokens, each with its paired 95% interval.
 
     Raises:
         SystemExit: A directory holds no finished evaluation.
     """
     rows = []
-    for folder in results:
+    first = task_means(results[0])
+    names = [Path(folder).resolve().name for folder in results]
+    if len({*names}) < len(names):  # ROW/sampled of several rows
+        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in results]
+    for name, folder in zip(names, results, strict=True):
         m = read_metrics(folder)
         low, high = m["pass_at_1_interval"]
         row = {
-            "run": Path(folder).resolve().name,
+            "run": name,
             "format": m.get("prompt_format", "completion"),
             "passed": f"{m['num_passed']:g}/{m['num_tasks']}",
             "pass@1 [95%]": f"{m['pass_at_1']:.1%} [{low:.0%}, {high:.0%}]",
-            "truncated": f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}",
         }
+        if row["format"] == "completion":
+            row["truncated"] = f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
         if "plus_pass_at_1" in m:
             row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
-        row |= {
-            "mean tokens": f"{m['mean_completion_tokens']:.1f}",
-            "median": f"{m['median_completion_tokens']:g}",
-            "verdicts": ", ".join(f"{count} {verdict}" for verdict, count in m["verdicts"].items()),
-        }
+        own = task_means(folder)
+        is_comparable = folder != results[0] and own.keys() == first.keys()
+        if is_comparable:
+            gain, (low, high) = _gain(first, own, "passed")
+            row["gain in points [95%]"] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        row["mean tokens"] = f"{m['mean_completion_tokens']:.1f}"
+        if is_comparable:
+            change, (low, high) = _gain(first, own, "completion_tokens")
+            row["change [95%]"] = f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
         rows.append(row)
     table = Table(box=box.MARKDOWN)
-    titles = max(rows, key=len)
+    titles = max(rows, key=len)  # later rows have all columns
     for title in titles:
         table.add_column(title, justify="left" if title in ("run", "format") else "right", no_wrap=True)
     for row in rows:
