@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from trainers import run_device, supports_bf16, use_fast_log_probs
-from trainers.device import fast_linears
+from trainers.device import fast_linears, training_dtype
 
 
 @pytest.fixture
@@ -48,13 +48,51 @@ def test_bf16_on_a_gpu_does_not_count_emulation(monkeypatch, in_hardware):
     assert supports_bf16(torch.device("cuda")) is in_hardware
 
 
-def test_log_probabilities_of_a_gpu_are_trls(tiny_model):
+def test_a_gpu_has_trls_log_probabilities_without_a_cast_of_the_activations(tiny_model, monkeypatch):
+    """Autocast is the CPU's here; the code under test asks for that of the GPU."""
+    is_autocast = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: is_autocast("cpu"))
+    add_fused_lm_head(tiny_model.to(torch.bfloat16))
+    model = get_peft_model(tiny_model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    ids = torch.tensor([[5, 6, 7]])
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            assert module.weight.dtype == torch.float32
+            module.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
+
+    def log_probs(autocast=True):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).log_probs
+
+    expected = log_probs()
+    assert seen == {torch.float32}
+    use_fast_log_probs(model, torch.device("cuda"))
+    assert torch.equal(log_probs(), expected) and seen == {torch.bfloat16}
+    log_probs(autocast=False)
+    assert seen == {torch.float32}, "without autocast an fp32 adapter needs the cast"
+
+
+def test_a_cpu_has_log_probabilities_of_its_own(tiny_model):
     add_fused_lm_head(tiny_model)
     before = tiny_model.forward
-    use_fast_log_probs(tiny_model, torch.device("cuda"))
-    assert tiny_model.forward == before
     use_fast_log_probs(tiny_model, torch.device("cpu"))
     assert tiny_model.forward != before
+
+
+@pytest.mark.parametrize(
+    "device, in_hardware, expected",
+    [
+        ("cuda", True, torch.bfloat16),
+        ("cuda", False, torch.float16),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+    ],
+)
+def test_training_dtype_is_the_fastest_of_the_device(monkeypatch, device, in_hardware, expected):
+    monkeypatch.setattr("trainers.device.supports_bf16", lambda device: in_hardware)
+    assert training_dtype(torch.device(device)) == expected
 
 
 def test_without_the_private_operators_of_torch_layers_run_as_they_are(tiny_model, monkeypatch):

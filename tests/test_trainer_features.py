@@ -193,7 +193,7 @@ def test_approx_kl_is_of_the_old_policy_to_the_new_and_only_what_is_clipped_coun
     inputs = {"old_per_token_logps": old[:, None], "completion_mask": torch.ones(6, 1), "advantages": advantages}
     trainer.policy_loss((old + log_ratio)[:, None], inputs)
     ratio = log_ratio.exp()
-    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    metrics = {name: value.item() for name, value in trainer.measured.items()}
     assert metrics == pytest.approx(
         {
             "approx_kl": (ratio - 1 - log_ratio).mean().item(),

@@ -10,10 +10,8 @@ The private names of TRL and transformers that this rests on are listed in `priv
 
 import logging
 import math
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from statistics import mean
 from typing import Any
 
 import torch
@@ -28,8 +26,10 @@ from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
 from .learning_signal import SignalWatch, collapse
+from .memory import longest_prompt, needs_checkpointing
 from .micro_batches import micro_batches
 from .rollout import decode_completions, generate_completions
+from .timing import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,39 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
         use_fast_log_probs(self.model, self.accelerator.device, self.temperature)
+        if args.gradient_checkpointing is None:
+            self._decide_on_checkpointing()
         self.add_callback(_StopOnBadGradient(self))
         self._rewards_per_func = None  # of the rollout in the making, shape (global_batch_size, functions)
         self._rollout_logps: list[torch.Tensor] | None = None  # its log-probabilities: the policy's, the reference's
+        self.measured: dict[str, torch.Tensor] = {}
         self._signal_watch = SignalWatch()
         self._has_warned_of_collapse = False
-        self._seconds = Counter()
+        self._timer = PhaseTimer(self.accelerator.device)
         self._seconds_logged_at = None  # the step; a run may continue at any
+
+    def _decide_on_checkpointing(self) -> None:
+        """Set `gradient_checkpointing`, which the configuration left open."""
+        args, device = self.args, self.accelerator.device
+        prompt_length = longest_prompt(self.train_dataset, self.processing_class)
+        is_16_bit = args.bf16 or args.fp16 or self.model.dtype.itemsize == 2
+        args.gradient_checkpointing = args.activation_checkpointing = needs_checkpointing(
+            self.model.config,
+            num_rows=args.per_device_train_batch_size,
+            num_tokens=None if prompt_length is None else prompt_length + self.max_completion_length,
+            device=device,
+            dtype=torch.bfloat16 if is_16_bit else torch.float32,
+        )
+        if args.gradient_checkpointing and is_peft_model(self.model):
+            self.model.enable_input_require_grads()  # as RLOOTrainer does where the configuration says `True`
+        logger.info(f"gradient_checkpointing: {args.gradient_checkpointing}")
 
     def policy_loss(self, per_token_logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         """
         Return the loss of a micro-batch.
+
+        What it puts into `measured`, tensors without a dimension by name, is logged: the mean over the processes, or
+        the extreme value where the name ends in `/min` or `/max`. Reading a value here would wait for the GPU.
 
         Args:
             per_token_logps (`torch.Tensor` of shape `(batch_size, completion_length)`):
@@ -298,44 +320,49 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
         )
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        entropy = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
-        metrics["entropy"].append(gather(entropy).mean().item())
         loss = self.policy_loss(per_token_logps.float(), inputs) * inputs.get("loss_weight", 1.0)
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
-            metrics["aux_loss"].append(gather(aux_loss.detach()).mean().item())
-        if not loss.isfinite():
-            raise self.stopped(f"the loss is {loss.item()}, so a log-probability or a reward is not a finite number")
+            self.measured["aux_loss"] = aux_loss
+        self.measured["entropy"] = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1)
+        bad = [value for value in self._log_measured(loss) if not math.isfinite(value)]  # of any process: all stop
+        if bad and not self._skips_overflows:
+            raise self.stopped(f"the loss is {bad[0]}, so a log-probability or a reward is not a finite number")
         return loss
 
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _log_measured(self, loss: torch.Tensor) -> list[float]:
+        """Log what was measured at a micro-batch, in one transfer to the host. Return the loss of every process."""
+        values = torch.stack([value.detach().float() for value in (loss, *self.measured.values())])
+        losses, *columns = zip(*gather(values[None]).tolist(), strict=True)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, column in zip(self.measured, columns, strict=True):
+            reduce = {"min": min, "max": max}.get(name.rpartition("/")[2], mean)
+            metrics[name].append(reduce(column))
+        self.measured.clear()
+        return [*losses]
+
+    @property
+    def _skips_overflows(self) -> bool:
+        """Whether a step whose gradient is not finite is skipped, by the loss scaler of fp16."""
+        return self.accelerator.mixed_precision == "fp16"
+
+    def _phase(self, name: str) -> AbstractContextManager:
         """Count the seconds of a phase of training."""
-        started = time.perf_counter()
-        yield
-        if self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-        if self.model.training:
-            self._seconds[name] += time.perf_counter() - started
+        return self._timer.phase(name) if self.model.training else nullcontext()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self._seconds_logged_at is None:
             self._seconds_logged_at = self.state.global_step
-        others = self._seconds.total()
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._seconds["backward"] += time.perf_counter() - started - (self._seconds.total() - others)
-        return loss
+        with self._timer.phase("backward"):  # what the other phases leave of it
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         grad_norm = logs.get("grad_norm", 0.0)
-        if not torch.as_tensor(grad_norm).isfinite():
+        if not self._skips_overflows and not math.isfinite(grad_norm):
             raise self.stopped(f"the gradient's norm is {grad_norm}: try a lower learning_rate")
         steps = self.state.global_step - (self._seconds_logged_at or 0)
-        if self.model.training and self._seconds and steps > 0:
-            logs |= {f"seconds/{name}": round(seconds / steps, 3) for name, seconds in self._seconds.items()}
-            self._seconds.clear()
+        if self.model.training and steps > 0 and (seconds := self._timer.seconds()):
+            logs |= {f"seconds/{name}": round(value / steps, 3) for name, value in seconds.items()}
             self._seconds_logged_at = self.state.global_step
         super().log(logs, start_time)
         if not self._has_warned_of_collapse and (warning := collapse(self.state.log_history)):
@@ -351,8 +378,12 @@ class _StopOnBadGradient(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.trainer.accelerator.scaler is not None:
-            return  # fp16: the scaler skips such a step and lowers its scale
+        if (scaler := self.trainer.accelerator.scaler) is not None:  # it skips such a step and halves its scale
+            if scaler.get_scale() < 1:
+                raise self.trainer.stopped(
+                    "gradients are not finite in fp16, at any scale: compute in fp32 (fp16 false, dtype float32)"
+                )
+            return
         norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if not norm.isfinite():
             raise self.trainer.stopped(f"the gradient's norm is {norm.item()}: try a lower learning_rate")

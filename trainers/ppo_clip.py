@@ -4,7 +4,6 @@ import textwrap
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import gather
 
 from .config import PolicyGradientConfig
 from .policy_gradient import PolicyGradientTrainer
@@ -60,6 +59,10 @@ class PPOClipConfig(PolicyGradientConfig):
             )
         if self.target_kl is not None and not self.target_kl > 0:
             raise ValueError(f"target_kl is {self.target_kl}: write a number above 0, or leave it out")
+        if self.target_kl is not None and self.fp16:
+            raise ValueError(
+                "target_kl skips backward passes, and the loss scaler of fp16 needs one in every step: leave it out"
+            )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip}: write a number above 1, or leave it out")
 
@@ -134,23 +137,26 @@ class PPOClipTrainer(PolicyGradientTrainer):
         return -(surrogate * mask).sum(1).mean()
 
     def _record(self, ratio, log_ratio, advantages, mask) -> None:
-        """Log clip fractions, the range of the ratios and the approximate KL. All arguments broadcast to one shape."""
-        mask = mask.bool() if mask.any() else torch.ones_like(mask, dtype=torch.bool)  # no completion counts: 0 and 1
-        low = ((ratio < 1 - self.epsilon_low) & (advantages < 0))[mask]
-        high = ((ratio > 1 + self.epsilon_high) & (advantages > 0))[mask]
-        # KL(old || new) of whole completions, by the unbiased estimator k3
-        # (Schulman 2020, http://joschu.net/blog/kl-approx.html)
-        kl = ((ratio - 1 - log_ratio) * mask).sum(1).mean()
-        local = [low.float().mean(), high.float().mean(), (low | high).float().mean(), kl]
-        low_mean, high_mean, region_mean, kl = gather(torch.stack(local)).view(-1, 4).mean(0).tolist()
-        bounds = gather(torch.stack([ratio[mask].min(), ratio[mask].max()])).view(-1, 2)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["clip_ratio/low_mean"].append(low_mean)
-        metrics["clip_ratio/high_mean"].append(high_mean)
-        metrics["clip_ratio/region_mean"].append(region_mean)
-        metrics["approx_kl"].append(kl)
-        metrics["ratio/min"].append(bounds[:, 0].min().item())
-        metrics["ratio/max"].append(bounds[:, 1].max().item())
+        """
+        Measure clip fractions, the range of the ratios and the approximate KL. All arguments broadcast to one shape.
+        """
+        mask = mask.bool() | ~mask.bool().any()  # no completion counts: all do, their ratios are 1
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+
+        def share(clipped):
+            return (clipped & mask).sum() / mask.sum()
+
+        self.measured |= {
+            "clip_ratio/low_mean": share(low),
+            "clip_ratio/high_mean": share(high),
+            "clip_ratio/region_mean": share(low | high),
+            # KL(old || new) of whole completions, by the unbiased estimator k3
+            # (Schulman 2020, http://joschu.net/blog/kl-approx.html)
+            "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(1).mean(),
+            "ratio/min": ratio.masked_fill(~mask, torch.inf).amin(),
+            "ratio/max": ratio.masked_fill(~mask, -torch.inf).amax(),
+        }
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.args.target_kl is None:
