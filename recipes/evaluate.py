@@ -14,6 +14,8 @@ grade, *plus*: the strict completion passes stricter tests as well. Writes to OU
         --config recipes/qwen2.5-coder-0.5b/evaluate.yaml --model_name_or_path runs/.../sft --output_dir results/sft
     python recipes/evaluate.py --compare results/base results/sft      prints both as one table
 
+With `--samples FILE` the completions are also written as whole programs for evalplus, of a finished evaluation too.
+
 Not covered: several processes. The tasks are too few to need them.
 """
 
@@ -44,6 +46,7 @@ from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer, 
 from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, write_whole
+from recipes.common.samples import read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
 from recipes.common.tables import print_table
 from rewards import task_program, truncate_completion
@@ -82,6 +85,13 @@ class EvaluateArguments(PromptArguments):
         default=5.0, metadata={"help": "Seconds that a program may take, four times as many with extra_tests."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of the samples."})
+    samples: str | None = field(
+        default=None,
+        metadata={
+            "help": "File for the completions as whole programs, one JSON a line, which evalplus reads as its samples. "
+            "evalplus wants all tasks of a dataset: set dataset_test_split to all."
+        },
+    )
     compare: list[str] | None = field(
         default=None, metadata={"help": "Result directories to print as one table. Nothing is evaluated then."}
     )
@@ -110,14 +120,17 @@ def main() -> None:
         name = os.path.basename(args.extra_tests)
         command = [name if part == args.extra_tests else part for part in command]
         settings["extra_tests"] = name
+    settings.pop("samples", None)  # written of a finished evaluation too, and no part of it
     run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
-    if run.finished:
+    if run.finished and not args.samples:
         return print_table([args.output_dir])
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
     extra_tests = load_extra_tests(args.extra_tests, tasks.to_list()) if args.extra_tests else None
     check_policy(model_args, adapter, generates_on=run_device())
     tokenizer = load_tokenizer(model_args)
     tasks = format_tasks(tasks, args, tokenizer, model_args)
+    if run.finished:
+        return write_programs(args.samples, read_samples(args.output_dir), tasks.to_list())
 
     run.start()
     started = time.perf_counter()
@@ -144,6 +157,8 @@ def main() -> None:
     write_whole(run.path / "per_task.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(run.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     run.finish()
+    if args.samples:
+        write_programs(args.samples, samples, tasks.to_list())
     print_table([args.output_dir])
 
 

@@ -27,6 +27,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from recipes.common.intervals import mcnemar_p
 from recipes.common.pictures import draw_plane, draw_training
 from recipes.common.run_directory import write_whole
+from recipes.common.samples import visible
 from rewards import load_tasks
 
 # The published table: tasks passed of the same 33, and mean tokens. Its base is another, larger one.
@@ -51,8 +52,6 @@ OUTCOMES = {  # of a completion: its mark in the grid and its meaning
     "out_of_memory": ("M", "out of memory"),
     "crashed": ("C", "its process died"),
 }
-# Control characters, and those that reorder text so that code reads differently from what it does
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclass
@@ -182,20 +181,6 @@ def outcome(sample: dict) -> str:
         `str`: A key of [`OUTCOMES`].
     """
     return "truncated" if sample["passed_truncated"] and not sample["passed"] else sample["verdict"]
-
-
-def visible(text: str) -> str:
-    """
-    Escape what a page would hide.
-
-    Args:
-        text (`str`):
-            Any text.
-
-    Returns:
-        `str`: Control, direction and zero-width characters and lone surrogates as `\\x1b` or `\\u202e`.
-    """
-    return _INVISIBLE.sub(lambda c: f"\\x{ord(c[0]):02x}" if ord(c[0]) < 256 else f"\\u{ord(c[0]):04x}", text)
 
 
 def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
