@@ -151,9 +151,8 @@ def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
     for task in _rows(tasks):
         if task["canonical_solution"].strip():
             completion = reference_completion(task)
-            reference = task_program(
-                task["prompt"], completion, task["test"], task["entry_point"], task.get("setup") or ""
-            )
+            columns = task["test"], task["entry_point"], task.get("setup") or "", task.get("inline")
+            reference = task_program(task["prompt"], completion, *columns)
             programs += [(task["task_id"], True, reference)] * NUM_RUNS
         programs += [(task["task_id"], False, program) for program in do_nothing(task)]
 
@@ -203,9 +202,8 @@ def pass_rates(
     programs = []
     for sample in samples:
         task = by_id[sample["task_id"]]
-        programs.append(
-            task_program(task["prompt"], sample["completion"], task["test"], task["entry_point"], task["setup"])
-        )
+        columns = task["test"], task["entry_point"], task["setup"], task.get("inline")
+        programs.append(task_program(task["prompt"], sample["completion"], *columns))
     with Sandbox(timeout=args.sandbox_timeout) as sandbox:
         verdicts = sandbox.run(programs)
     passed = Counter(sample["task_id"] for sample, verdict in zip(samples, verdicts, strict=True) if verdict.passed)
@@ -249,7 +247,8 @@ def do_nothing(task: dict) -> list[Program]:
     else:
         names = [name.strip() for name in entry_point.split(",")]
         sources = ["\n".join(f"def {name}(*args, **kwargs):\n    return {x}\n" for name in names) for x in NOTHINGS]
-    return [Program(source, task["test"], entry_point, setup=task.get("setup") or "") for source in sources]
+    columns = task["test"], entry_point, task.get("setup") or "", bool(task.get("inline"))
+    return [Program(source, *columns) for source in sources]
 
 
 def overlaps(tasks: Dataset, others: Dataset) -> list[str]:

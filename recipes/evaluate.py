@@ -216,9 +216,8 @@ def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: d
         task, completion = by_id[sample["task_id"]], sample["completion"]
         if cut and isinstance(task["prompt"], str):
             completion = truncate_completion(completion)
-        return task_program(
-            task["prompt"], completion, tests or task["test"], task["entry_point"], task.get("setup") or ""
-        )
+        columns = tests or task["test"], task["entry_point"], task.get("setup") or "", task.get("inline")
+        return task_program(task["prompt"], completion, *columns)
 
     strict = [program(sample) for sample in samples]
     truncated = [program(sample, cut=True) for sample in samples]

@@ -229,7 +229,7 @@ def _grade(samples: list[dict], tasks: list[dict], reward: UnitTestReward) -> No
     """Add `completion_tokens`, `verdict`, `passed` and `reward` to every sample."""
     by_id = {task["task_id"]: task for task in tasks}
     own = [by_id[sample["task_id"]] for sample in samples]
-    columns = {name: [task.get(name, "") for task in own] for name in ("test", "entry_point", "setup")}
+    columns = {name: [task.get(name, "") for task in own] for name in ("test", "entry_point", "setup", "inline")}
     extra = {}
     rewards = reward(
         prompts=[task["prompt"] for task in own],

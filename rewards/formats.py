@@ -119,6 +119,8 @@ def from_humaneval(row: Row) -> dict:
     pass_rate = row.get("pass_rate")
     if pass_rate is not None and not isinstance(pass_rate, int | float):
         raise row.error("pass_rate", "write a number from 0 to 1, or leave the field out")
+    if row.get("inline") not in (None, True, False):
+        raise row.error("inline", "write true or false, or leave the field out")
     return {
         "task_id": task_id,
         "prompt": prompt,
@@ -127,6 +129,7 @@ def from_humaneval(row: Row) -> dict:
         "entry_point": entry_point,
         "setup": setup,
         **({} if pass_rate is None else {"pass_rate": float(pass_rate)}),
+        **({} if row.get("inline") is None else {"inline": bool(row.get("inline"))}),
     }
 
 

@@ -29,7 +29,12 @@ _TOP_LEVEL_LINE = re.compile(r"^[^\s)\]}]", re.MULTILINE)
 
 
 def task_program(
-    prompt: str | list[dict], completion: str | list[dict], test: str, entry_point: str, setup: str = ""
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    test: str,
+    entry_point: str,
+    setup: str = "",
+    inline: bool | None = False,
 ) -> Program:
     """
     Build the program by which a completion of a task is graded, in training and in evaluation.
@@ -46,13 +51,15 @@ def task_program(
         setup (`str`, *optional*, defaults to `""`):
             Trusted code that both solution and tests may count on. If it is empty and the prompt is plain text, what
             the prompt defines beside the entry point.
+        inline (`bool`, *optional*, defaults to `False`):
+            Whether tests and solution share an interpreter. The solution can then cheat.
 
     Returns:
         [`~sandbox.Program`]
     """
     if not setup and isinstance(prompt, str):
         setup = prompt_setup(prompt, entry_point)
-    return Program(program_source(prompt, completion, entry_point), test, entry_point, setup=setup)
+    return Program(program_source(prompt, completion, entry_point), test, entry_point, setup, bool(inline))
 
 
 def program_source(prompt: str | list[dict], completion: str | list[dict], entry_point: str = "") -> str:

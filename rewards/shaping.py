@@ -68,10 +68,10 @@ class PartialReward:
         sandbox = self._sandbox or default_sandbox()
         tests = task_column(kwargs, self.test_column, "test_column")
         entry_points = task_column(kwargs, self.entry_point_column, "entry_point_column")
-        setups = kwargs.get("setup") or [""] * len(prompts)
+        setups, inlines = kwargs.get("setup") or [""] * len(prompts), kwargs.get("inline") or [False] * len(prompts)
         programs = [
             dataclasses.replace(task_program(*row), tests=split_tests(row[2]))
-            for row in zip(prompts, completions, tests, entry_points, setups, strict=True)
+            for row in zip(prompts, completions, tests, entry_points, setups, inlines, strict=True)
         ]
         verdicts = sandbox.run(programs)
         warn_of_invalid(verdicts)

@@ -41,8 +41,10 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
     The format of a row is recognised by its columns:
 
     - HumanEval, HumanEval+: `task_id`, `prompt`, `test`, `entry_point`, and if you like `canonical_solution` and
-      `setup`. A policy's `pass_rate` is kept. This is the format for tasks of your own. A text prompt that is Python is
-      code to continue; any other text is words, which become a chat message; messages stay as they are.
+      `setup`. A policy's `pass_rate` is kept, and so is `inline`: `true` grades the task with tests and solution in one
+      interpreter, for values that cannot cross between two (its solutions can then cheat). This is the format for tasks
+      of your own. A text prompt that is Python is code to continue; any other text is words, which become a chat
+      message; messages stay as they are.
     - MBPP, MBPP sanitized, MBPP+: each prompt becomes the function's signature and docstring, to be continued.
     - AceCode, KodCode, LeetCodeDataset, APPS, TACO, DeepCoder, LiveCodeBench, Code-Contests, open-r1's and
       PrimeIntellect's verifiable coding problems, and verl's form. Their prompts are words and become chat messages.
@@ -75,7 +77,7 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
         messages), `canonical_solution` (continues a text prompt, is a whole program for messages, may be empty), `test`
         (defines `check(candidate)`), `entry_point` (a function's name, several separated by commas,
         `"Solution().method"`, or `"__main__"` for a script) and `setup` (trusted code that both solution and tests may
-        count on, may be empty). All but messages are strings.
+        count on, may be empty). All but messages are strings. `pass_rate` and `inline` are there where a row has them.
 
     Raises:
         FileNotFoundError: `source` looks like a file and is none.
@@ -275,5 +277,6 @@ def _dataset(tasks: Iterator[dict], source: str) -> Dataset | None:
                     f"{source}: field 'prompt' is code to continue in one of the tasks {form[1]} and "
                     f"{task['task_id']}, and words or messages in the other: write all prompts in one form"
                 )
-        parts.append(Dataset.from_list(chunk))
+        names = dict.fromkeys(name for task in chunk for name in task)  # `from_list` takes those of the first alone
+        parts.append(Dataset.from_list([{name: task.get(name) for name in names} for task in chunk]))
     return concatenate_datasets(parts) if parts else None

@@ -149,6 +149,7 @@ class UnitTestReward:
         test: list[str] | None = None,
         entry_point: list[str] | None = None,
         setup: list[str] | None = None,
+        inline: list[bool] | None = None,
         completion_ids: list[list[int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
@@ -169,6 +170,9 @@ class UnitTestReward:
                 The name of the function under test; needed unless `entry_point_column` names another column.
             setup (`list[str]`, *optional*):
                 Trusted code that a task's solution and tests may both count on.
+            inline (`list[bool]`, *optional*):
+                Whether a task's tests and solutions share an interpreter, for values that cannot cross between two.
+                The solutions of such a task can cheat, and the sandbox logs a warning.
             completion_ids (`list[list[int]]`, *optional*):
                 The generated token ids, EOS included; needed unless `length_penalty` is 0.
             log_metric (`Callable`, *optional*):
@@ -191,12 +195,9 @@ class UnitTestReward:
         columns = {**kwargs, "test": test, "entry_point": entry_point}
         tests = task_column(columns, self.test_column, "test_column")
         entry_points = task_column(columns, self.entry_point_column, "entry_point_column")
-        verdicts = (self._sandbox or default_sandbox()).run(
-            [
-                task_program(*task)
-                for task in zip(prompts, completions, tests, entry_points, setup or [""] * len(prompts), strict=True)
-            ]
-        )
+        setups, inlines = setup or [""] * len(prompts), inline or [False] * len(prompts)
+        rows = zip(prompts, completions, tests, entry_points, setups, inlines, strict=True)
+        verdicts = (self._sandbox or default_sandbox()).run([task_program(*row) for row in rows])
         lengths = [len(ids) for ids in completion_ids] if completion_ids is not None else [0] * len(completions)
 
         causes = warn_of_invalid(verdicts)
