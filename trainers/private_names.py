@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, Trainer
 from trl import RLOOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PrivateName:
 
 _POLICY_GRADIENT = "trainers/policy_gradient.py"
 _CHECKPOINTS = "trainers/checkpoints.py"
+_VLLM = "trainers/vllm.py"
 _CARD = "trainers/reinforce.py and ppo_clip.py"  # the model card
 
 PRIVATE_NAMES = (
@@ -63,6 +65,8 @@ PRIVATE_NAMES = (
     PrivateName(RLOOTrainer, "_step", _CHECKPOINTS),
     PrivateName(RLOOTrainer, "_buffered_inputs", _CHECKPOINTS),
     PrivateName(RLOOTrainer, "_get_train_sampler", _CHECKPOINTS, ("dataset",)),
+    PrivateName(VLLMGeneration, "_iter_named_params", _VLLM, ()),
+    PrivateName(VLLMGeneration, "_dist", _VLLM),
     PrivateName(RLOOTrainer, "_tag_names", _CARD),
     PrivateName(RLOOTrainer, "_name", _CARD),
     PrivateName(RLOOTrainer, "_paper", _CARD),
