@@ -91,24 +91,29 @@ def test_what_cannot_be_judged_is_no_failure(sandbox, caplog):
         "def check(candidate):\n    assert 1 == 2\n": "tests_fail",
         "def check(candidate):\n    pass\n": "tests_never_call",
         "def check(candidate):\n    candidate(object())\n": "value_cannot_cross",
+        TEST + "# with a setup that ends the tests' process": "worker_lost",
     }
-    tests = [*broken, TEST, TEST]
-    completions = ["    return 2 * n"] * 5 + ["    return n"]
-    rows = {"prompts": [PROMPT] * 6, "completions": completions, "entry_point": ["twice"] * 6, "test": tests}
+    rows = {
+        "prompts": [PROMPT] * 7,
+        "completions": ["    return 2 * n"] * 6 + ["    return n"],
+        "entry_point": ["twice"] * 7,
+        "test": [*broken, TEST, TEST],
+        "setup": [""] * 4 + ["import os\nif os.getppid() > 1: os._exit(1)", "", ""],
+    }
     metrics = {}
     rewards = UnitTestReward(0, sandbox)(**rows, log_metric=metrics.__setitem__)
-    assert rewards == [None] * 4 + [1.0, 0.0]
+    assert rewards == [None] * 5 + [1.0, 0.0]
     assert metrics == {f"invalid/{cause}": 1 for cause in broken.values()} | {
         "pass_rate": 0.5,
         "timeout_rate": 0.0,
         "completion_tokens": 0.0,
     }
     assert (
-        "4 of 6 programs could not be judged and get no reward. The first: the task's setup or tests do not load"
+        "5 of 7 programs could not be judged and get no reward. The first: the task's setup or tests do not load"
         in (caplog.text)
     )
     caplog.clear()
-    few = {name: column[2:3] + column[4:5] * 9 for name, column in rows.items()}
+    few = {name: column[2:3] + column[5:6] * 9 for name, column in rows.items()}
     assert UnitTestReward(0, sandbox)(**few) == [None] + [1.0] * 9
     assert caplog.text == "", "a tenth is not more than a tenth"
 

@@ -120,6 +120,68 @@ def test_what_arrives_as_another_type_crosses_in_a_result_alone(sandbox):
     assert (verdict.status, verdict.detail) == ("error", "in the result: a generator cannot cross: make it a list")
 
 
+RETURNED_TYPES = """
+import array, collections, dataclasses, datetime, enum, typing
+from decimal import Decimal
+from fractions import Fraction
+import numpy
+Point = collections.namedtuple("Point", "x y")
+class Named(typing.NamedTuple): x: int
+class Level(enum.IntEnum): LOW = 1
+@dataclasses.dataclass
+class Data: x: int
+"""
+CANNOT = "in the result: a value of type {} cannot cross: only plain values do"
+
+RETURNED = {  # what a solution returns, and what arrives or the program's detail
+    "numpy.array([[1, 2], [3, 4]])": [[1, 2], [3, 4]],
+    "numpy.array([1.5, -0.0])": [1.5, -0.0],
+    "numpy.array(5)": 5,
+    "numpy.array(['a', ''])": ["a", ""],
+    "numpy.array([True])": [True],
+    "numpy.array([1j])": [1j],
+    "numpy.array(['2024-02-29'], dtype='datetime64[D]')": [datetime.date(2024, 2, 29)],
+    "numpy.array([(1, 2.5)], dtype=[('a', int), ('b', float)])": [(1, 2.5)],
+    "numpy.array([{1}, None], dtype=object)": [{1}, None],
+    "(numpy.int64(3), {numpy.str_('a'): [numpy.bool_(True)]})": (3, {"a": [True]}),
+    "numpy.float32(0.5)": 0.5,
+    "Point(1, [Point(2, 3)])": (1, [(2, 3)]),
+    "Named(1)": (1,),
+    "Decimal('1.50')": Decimal("1.50"),
+    "Fraction(2, 4)": Fraction(1, 2),
+    "datetime.date(2024, 2, 29)": datetime.date(2024, 2, 29),
+    "datetime.datetime(2024, 2, 29, 1, 2, 3, 4, datetime.UTC)": datetime.datetime(2024, 2, 29, 1, 2, 3, 4, UTC),
+    "datetime.timedelta(1.5)": datetime.timedelta(1.5),
+    "range(3, 9, 2)": range(3, 9, 2),
+    "collections.Counter('aab')": {"a": 2, "b": 1},
+    "(i for i in [1])": "in the result: a generator cannot cross: make it a list",
+    "map(abs, [1])": CANNOT.format("map"),
+    "iter([1])": CANNOT.format("list_iterator"),
+    "{1: 2}.items()": CANNOT.format("dict_items"),
+    "collections.deque([1])": CANNOT.format("deque"),
+    "array.array('i', [1])": CANNOT.format("array"),
+    "numpy.array([object()])": CANNOT.format("object"),
+    "numpy.ma.array([1, 2], mask=[0, 1])": CANNOT.format("MaskedArray"),
+    "numpy.matrix([[1]])": CANNOT.format("matrix"),
+    "numpy.longdouble(1.5)": CANNOT.format("longdouble"),
+    "Level.LOW": CANNOT.format("Level"),
+    "Data(1)": CANNOT.format("Data"),
+    "datetime.time(1, fold=1)": CANNOT.format("time"),
+}
+
+
+@pytest.mark.parametrize("returned, arrives", RETURNED.items(), ids=RETURNED)
+def test_what_a_solution_may_return(sandbox, returned, arrives):
+    """A result arrives as the documented plain value, or its program fails and names the type."""
+    if "numpy" in returned:
+        pytest.importorskip("numpy")
+    solution = f"{RETURNED_TYPES}def f():\n    return {returned}\n"
+    tests = f"assert repr(f()) == {repr(arrives)!r}"
+    (verdict,) = sandbox.run([Program(solution, tests, "f")])
+    fails = type(arrives) is str
+    assert (verdict.status, verdict.detail) == (("error", arrives) if fails else ("passed", "")), verdict
+
+
 class Child(int):
     pass
 
