@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 from reference_update import COMMON, RecordingReward, dataset, policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, Qwen2Config, Qwen2Model
+from trl import ModelConfig
 
+from recipes.common.policy import check_memory
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 from trainers.memory import activation_bytes, longest_prompt, needs_checkpointing
 
@@ -109,6 +111,31 @@ def test_what_the_configuration_leaves_open_is_decided_before_the_first_step(
     trainer.train()
     assert trainer.model.is_activation_checkpointing is needs_it
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_a_batch_that_cannot_fit_is_refused(tmp_path, tiny_folder, tiny_tokenizer, monkeypatch):
+    model_args = ModelConfig(str(tiny_folder), dtype="bfloat16")
+    settings = COMMON | {"gradient_checkpointing": None, "bf16": True, "max_completion_length": 70}
+    tasks = dataset()
+
+    def check(free, **fields):
+        monkeypatch.setattr("recipes.common.policy.free_memory", lambda device: free)
+        config = ReinforceConfig(str(tmp_path), per_device_train_batch_size=1000, **settings | fields)
+        check_memory(model_args, config, tasks, tiny_tokenizer)
+
+    # 100 tokens a row, 2 layers of 32 with an MLP of 64: 2 * (4 * 64 + 11 * 32) values a token, 672 with checkpointing
+    check(free=0.3e9)
+    check(free=0.15e9, gradient_checkpointing=True)
+    check(free=None)
+    with pytest.raises(SystemExit) as error:
+        check(free=0.2e9, gradient_checkpointing=False)
+    assert str(error.value) == (
+        "per_device_train_batch_size is 1000: with prompts of up to 30 tokens and completions of 70 the activations "
+        "take 0.2 GB without gradient_checkpointing, the weights take 0.0, and 0.2 GB of the GPU are free: lower it, "
+        "and raise gradient_accumulation_steps"
+    )
+    with pytest.raises(SystemExit, match="the activations take 0.1 GB, the weights"):
+        check(free=0.1e9, gradient_checkpointing=True)
 
 
 class Waits(TorchDispatchMode):

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
@@ -63,19 +64,63 @@ def test_every_recipe_parses(path):
     assert set(settings) == set(yaml.safe_load(path.read_text()))
 
 
+REINFORCE = ["--config", str(ROOT / "recipes" / "qwen2.5-coder-0.5b" / "reinforce.yaml")]
+
+
 @pytest.mark.parametrize(
     "instructions, dtype, bf16", [({"avx512_bf16": True}, "bfloat16", True), ({}, "float32", False)]
 )
 def test_recipes_compute_in_bf16_where_the_processor_does(monkeypatch, capsys, instructions, dtype, bf16):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": False} | instructions)
-    recipe = ["--config", str(ROOT / "recipes" / "qwen2.5-coder-0.5b" / "reinforce.yaml")]
-    _, args, model, settings = parse_settings(*STAGES["reinforce"], argv=recipe)
+    _, args, model, settings = parse_settings(*STAGES["reinforce"], argv=REINFORCE)
     assert (model.dtype, args.bf16, settings["dtype"], settings["bf16"]) == (dtype, bf16, dtype, bf16)
-    assert ("computing in fp32" in capsys.readouterr().out) != bf16
-    asked = [*recipe, "--dtype", "bfloat16", "--bf16", "true"]
-    _, args, model, _ = parse_settings(*STAGES["reinforce"], argv=asked)
-    assert (model.dtype, args.bf16) == ("bfloat16", True), "the command line has the last word"
+    assert ("This CPU has no bf16 instructions: computing in fp32" in capsys.readouterr().out) != bf16
+    for name, value in (("dtype", "bfloat16"), ("bf16", "true")):
+        if bf16:
+            parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, f"--{name}", value])
+        else:
+            with pytest.raises(SystemExit, match=f"--{name} {value}: this CPU has no bf16 instructions"):
+                parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, f"--{name}", value])
+    _, args, model, _ = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--dtype", "float32", "--bf16", "false"])
+    assert (model.dtype, args.bf16) == ("float32", False)
+    for name, value in (("dtype", "float16"), ("fp16", "true")):
+        with pytest.raises(SystemExit, match=f"{name} is {value}: fp16 needs a GPU"):
+            parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, f"--{name}", value])
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU without bf16 instructions, as a T4 is. Nothing is computed on it."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
+def test_recipes_compute_in_fp16_on_a_gpu_without_bf16(pretended_gpu, capsys):
+    for path in sorted((ROOT / "recipes" / "deepseek-coder-1.3b").glob("*.yaml")):
+        *parts, settings = parse_settings(*STAGES[path.stem.split("_")[0]], argv=["--config", str(path)])
+        assert parts[-1].dtype == settings["dtype"] == "float16", path
+        if len(parts) == 3:
+            assert (parts[1].fp16, parts[1].bf16, settings["bf16"]) == (True, False, False)
+    assert "This GPU has no bf16 instructions: computing in fp16, with a loss scaler" in capsys.readouterr().out
+    # Another precision on the command line stays
+    _, args, model, _ = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--bf16", "false", "--dtype", "float32"])
+    assert (args.fp16, args.bf16, model.dtype) == (False, False, "float32")
+    _, args, model, _ = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--fp16", "true"])
+    assert (args.fp16, args.bf16, model.dtype) == (True, False, "float16")
+    with pytest.raises(SystemExit, match="--bf16 true: this GPU has no bf16 instructions"):
+        parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--bf16", "true"])
+
+
+def test_several_processes_on_one_gpu_are_refused(pretended_gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2 processes were launched on a machine with 1 GPU, .* --num_processes 1"):
+        parse_settings(*STAGES["reinforce"], argv=REINFORCE)
+    *_, settings = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--use_cpu", "true"])
+    assert settings["use_cpu"] is True
 
 
 def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):

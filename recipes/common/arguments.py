@@ -22,6 +22,7 @@ from recipes.common.prompts import PromptArguments
 from rewards import load_tasks
 from sandbox import MAX_TIMEOUT
 from trainers import run_device, supports_bf16
+from trainers.device import training_dtype
 
 
 @dataclass
@@ -65,7 +66,8 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     device = run_device(bool(use_cpu))
     if "use_cpu" in valid and device.type == "cpu":
         parser.set_defaults(use_cpu=True)  # TrainingArguments allows bf16 on a CPU only if told that this is one
-    argv = [*argv, *_fp32_instead_of_bf16(recipe, valid - set(on_line), device)]
+    _refuse_shared_accelerators(device)
+    argv = [*argv, *_precision(recipe, argv, valid, device)]
     try:
         parsed = parser.parse_args_and_config([*(["--config", config] if config else []), *argv])
     except ValueError as error:
@@ -96,16 +98,52 @@ def _read_recipe(path: str) -> dict:
     return recipe
 
 
-def _fp32_instead_of_bf16(recipe: dict, fields: set[str], device: torch.device) -> list[str]:
+def _precision(recipe: dict, argv: list[str], fields: set[str], device: torch.device) -> list[str]:
     """Return what to add to the command line where a recipe asks for bf16 and the device would emulate it."""
+    flags: dict[str, Any] = {name: {"type": string_to_bool, "nargs": "?", "const": True} for name in ("bf16", "fp16")}
+    flags["dtype"] = {}
+    on_line = {name: _split_off(f"--{name}", argv, **kind)[0] for name, kind in flags.items() if name in fields}
+    on_line = {name: value for name, value in on_line.items() if value is not None}
+    asked = {name: on_line.get(name, recipe.get(name)) for name in flags}
+    if device.type == "cpu":
+        for name, value in (("fp16", True), ("dtype", "float16")):
+            if asked[name] == value:
+                raise SystemExit(f"{name} is {str(value).lower()}: fp16 needs a GPU, compute in bf16 or fp32 on a CPU")
     if supports_bf16(device):
         return []
-    in_bf16 = {"dtype": recipe.get("dtype") == "bfloat16", "bf16": recipe.get("bf16", True)}  # TRL defaults to bf16
-    in_fp32 = {"dtype": "float32", "bf16": "false"}
-    added = [part for name in in_fp32 if name in fields and in_bf16[name] for part in (f"--{name}", in_fp32[name])]
+    for name, value in (("bf16", True), ("dtype", "bfloat16")):
+        if on_line.get(name) == value:
+            raise SystemExit(
+                f"--{name} {str(value).lower()}: this {_kind(device)} has no bf16 instructions and would emulate them, "
+                "slower than fp32: leave it out, and the recipe's precision is replaced by the fastest there is"
+            )
+    dtype = training_dtype(device)
+    added = []
+    if "dtype" in fields - set(on_line) and recipe.get("dtype") == "bfloat16":
+        added += ["--dtype", str(dtype).removeprefix("torch.")]
+    if "bf16" in fields - set(on_line) and recipe.get("bf16", not asked["fp16"]):  # TRL's default
+        added += ["--bf16", "false"]
+        if dtype == torch.float16 and "fp16" not in on_line:
+            added += ["--fp16", "true"]
     if added and os.environ.get("RANK", "0") == "0":  # PartialState is not set up yet, that is up to TrainingArguments
-        print(f"This device has no bf16 instructions: computing in fp32, which is faster here ({' '.join(added)})")
+        name = "fp16, with a loss scaler" if dtype == torch.float16 else "fp32"
+        print(f"This {_kind(device)} has no bf16 instructions: computing in {name} ({' '.join(added)})")
     return added
+
+
+def _kind(device: torch.device) -> str:
+    return "CPU" if device.type == "cpu" else "GPU"
+
+
+def _refuse_shared_accelerators(device: torch.device) -> None:
+    """Stop a run that was launched with more processes than this machine has accelerators."""
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cpu" or num_processes <= (num_devices := torch.accelerator.device_count()):
+        return
+    raise SystemExit(
+        f"{num_processes} processes were launched on a machine with {num_devices} GPU{'s' * (num_devices > 1)}, and "
+        f"each needs one of its own: launch with --num_processes {num_devices}"
+    )
 
 
 def _refuse_unknown(names: list[str], valid: set[str], where: str) -> None:

@@ -8,13 +8,17 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from recipes.default_model import DEFAULT_MODEL, default_model
+from trainers.device import free_memory
+from trainers.memory import activation_bytes, longest_prompt
 
 
 def model_path(model_name_or_path: str | None) -> str:
@@ -127,6 +131,44 @@ def check_policy(model_args: ModelConfig, adapter: str | None = None, generates_
         raise SystemExit(
             f"adapter_name_or_path: {adapter} was trained on the base {base}, and model_name_or_path is "
             f"{model_args.model_name_or_path}: set model_name_or_path to the adapter's base"
+        )
+
+
+def check_memory(model_args: ModelConfig, args: Any, tasks: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that a micro-batch of an RL stage fits into the memory of its GPU.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            A base that passed [`check_policy`].
+        args ([`~trainers.PolicyGradientConfig`]):
+            The stage's fields.
+        tasks ([`~datasets.Dataset`]):
+            The training tasks.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The base's tokenizer.
+
+    Raises:
+        SystemExit: The weights and the activations of a micro-batch take more than what is free. Nothing is checked
+            on a CPU, nor where the architecture is not covered by [`~trainers.memory.activation_bytes`].
+    """
+    if (free := free_memory(args.device)) is None:
+        return
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    with torch.device("meta"):
+        num_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
+    weights = num_parameters * (0.5 if model_args.load_in_4bit else 4 if model_args.dtype == "float32" else 2)
+    num_rows, prompt_length = args.per_device_train_batch_size, longest_prompt(tasks, tokenizer) or 0
+    num_tokens = num_rows * (prompt_length + args.max_completion_length)
+    activations = activation_bytes(config, num_tokens, dtype, checkpointing=args.gradient_checkpointing is not False)
+    if activations is not None and weights + activations > free:
+        without = " without gradient_checkpointing" if args.gradient_checkpointing is False else ""
+        raise SystemExit(
+            f"per_device_train_batch_size is {num_rows}: with prompts of up to {prompt_length} tokens and completions "
+            f"of {args.max_completion_length} the activations take {activations / 1e9:.1f} GB{without}, the weights "
+            f"take {weights / 1e9:.1f}, and {free / 1e9:.1f} GB of the GPU are free: lower it, and raise "
+            "gradient_accumulation_steps"
         )
 
 

@@ -17,7 +17,7 @@ from recipes.common.arguments import (
     load_stage_tasks,
     parse_settings,
 )
-from recipes.common.policy import adapter_sha256, check_policy, load_policy, load_tokenizer
+from recipes.common.policy import adapter_sha256, check_memory, check_policy, load_policy, load_tokenizer
 from recipes.common.prompts import format_tasks
 from recipes.common.run_directory import RunDirectory
 from rewards import UnitTestReward
@@ -149,6 +149,7 @@ def train_policy_gradient(
     train_dataset = in_pass_rate(load(rl.dataset_train_split), rl.min_pass_rate, rl.max_pass_rate)
     train_dataset = fill_rollout(train_dataset, args.generation_batch_size // args.num_generations)
     eval_dataset = load(rl.dataset_test_split) if args.eval_strategy != "no" else None
+    check_memory(model_args, args, train_dataset, tokenizer)
 
     checkpoint = run.start()
     with Sandbox(timeout=rl.sandbox_timeout) as sandbox:
