@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 import trainers.checkpoints
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
@@ -231,3 +231,24 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, tiny_fold
     with pytest.raises(RuntimeError, match=rf"stopped after {steps} steps: {message}.*checkpoint-1$"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_the_result_holds_no_copy_of_the_reference_and_checkpoints_do(tmp_path, tiny_model):
+    """With an adapter to continue from, the reference of RLOOTrainer's KL penalty is a second adapter."""
+    settings = {"per_device_train_batch_size": 2, "max_completion_length": 4, "max_steps": 2, "save_steps": 1}
+    settings |= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "beta": 0.1}
+    trainer = ReinforceTrainer(
+        get_peft_model(tiny_model, LoraConfig(r=4, target_modules="all-linear")),
+        share_of_low_tokens,
+        ReinforceConfig(str(tmp_path), logging_steps=1, **settings),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "ref").exists()
+    assert "ref" in trainer.model.peft_config, "it is still in use"
+    assert (tmp_path / "checkpoint-1" / "ref" / "adapter_model.safetensors").is_file()
+    trained = (tmp_path / "adapter_model.safetensors").read_bytes()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == trained

@@ -1,12 +1,13 @@
-"""Progress lines: what they show of a trainer's logs, and that nobody but the main process prints."""
+"""Progress: what is shown of a trainer's logs and completions, and that nobody but the main process prints."""
 
 import re
+from collections import deque
 
 from datasets import Dataset
 from transformers import TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from trainers.progress import ProgressLine, _duration, print_progress_lines
+from trainers.progress import ProgressLine, _duration, print_completions, print_progress_lines
 
 
 def show(capsys, logs, step=12, **state):
@@ -54,3 +55,46 @@ def test_a_trainer_prints_lines_and_keeps_its_log(tmp_path, tiny_model, tiny_tok
     assert re.fullmatch(r"step 2/2   loss [\d.]+   [\d.]+ s   0 s left", second)
     assert last.startswith("trained to step 2 in ")
     assert {"loss", "grad_norm", "learning_rate", "mean_token_accuracy"} <= trainer.state.log_history[0].keys()
+
+
+def test_completions_are_readable_below_their_prompt(capsys):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write one()."}]
+    reply = "```python\ndef one():\n    return 1\n```"
+    logs = {
+        "prompt": deque(["def two():\n", "def two():\n", chat]),
+        "completion": deque(["    return 2", "    \x1b[2J\u202e", [{"role": "assistant", "content": reply}]]),
+        "rewards": {"unit_tests": deque([0.9976, float("nan"), 0.0])},
+        "advantages": deque([0.5, 0.0, -0.5]),
+        "extra": {"verdict": deque(["passed", "invalid", "failed"]), "completion_tokens": deque([24, 3, 12])},
+    }
+    print_completions(logs, step=12)
+    everything = capsys.readouterr().out
+    assert (
+        everything
+        == """
+step 12, prompt 1 of 2: def two():
+
+unit_tests 0.998   advantage 0.5   verdict passed   completion_tokens 24
+
+        return 2
+
+unit_tests nan   advantage 0   verdict invalid   completion_tokens 3
+
+        \\x1b[2J\\u202e
+
+step 12, prompt 2 of 2: system: Be brief.
+
+user: Write one().
+
+unit_tests 0   advantage -0.5   verdict failed   completion_tokens 12
+
+    ```python
+    def one():
+        return 1
+    ```
+"""
+    )
+    print_completions(logs, step=12, num_completions=1)
+    assert everything.startswith(capsys.readouterr().out + "\nunit_tests nan")
+    print_completions(logs, step=12, num_completions=0)
+    assert capsys.readouterr().out == ""

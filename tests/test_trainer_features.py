@@ -182,7 +182,9 @@ def test_metrics_of_a_step(tmp_path, tiny_model, capsys):
     }
     assert logs[0]["seconds/rollout"] > 0 and logs[0]["seconds/backward"] > 0
     printed = capsys.readouterr().out
-    assert "import re" in printed and "verdict" in printed, "log_completions prints a table"
+    # Four prompts, once each, and not again when training ends
+    assert printed.count("prompt 4 of 4: ") == printed.count(": import re\n") == 1
+    assert printed.count("verdict ") == 4 and "┃" not in printed
 
 
 def test_approx_kl_is_of_the_old_policy_to_the_new_and_only_what_is_clipped_counts(tmp_path, tiny_model):

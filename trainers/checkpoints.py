@@ -73,6 +73,23 @@ class CompleteCheckpoints:
             (folder / COMPLETE).touch()
             rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the model, as [`~transformers.Trainer`] does, without TRL's copy of an adapter that is the reference.
+
+        Args:
+            output_dir (`str`, *optional*):
+                The folder. Defaults to the run's.
+        """
+        adapters = getattr(self.model, "peft_config", {})
+        # In checkpoints it stays: who resumes from one may not have the adapter that training began with
+        reference = None if _internal_call else adapters.pop("ref", None)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            if reference is not None:
+                adapters["ref"] = reference
+
     def stopped(self, what: str) -> RuntimeError:
         """
         Return the error to raise when training cannot go on.

@@ -28,6 +28,7 @@ from .device import use_fast_log_probs
 from .learning_signal import SignalWatch, collapse
 from .memory import longest_prompt, needs_checkpointing
 from .micro_batches import micro_batches
+from .progress import print_completions
 from .rollout import decode_completions, generate_completions
 from .timing import PhaseTimer
 
@@ -71,6 +72,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         if args.gradient_checkpointing is None:
             self._decide_on_checkpointing()
         self.add_callback(_StopOnBadGradient(self))
+        self.num_completions_to_print = 0  # by RLOOTrainer, whose table leaves a completion no room
         self._rewards_per_func = None  # of the rollout in the making, shape (global_batch_size, functions)
         self._rollout_logps: list[torch.Tensor] | None = None  # its log-probabilities: the policy's, the reference's
         self.measured: dict[str, torch.Tensor] = {}
@@ -365,6 +367,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             logs |= {f"seconds/{name}": round(value / steps, 3) for name, value in seconds.items()}
             self._seconds_logged_at = self.state.global_step
         super().log(logs, start_time)
+        if self.log_completions and self.accelerator.is_main_process and "train_runtime" not in logs:
+            print_completions(self._logs, self.state.global_step, self.args.num_completions_to_print)
         if not self._has_warned_of_collapse and (warning := collapse(self.state.log_history)):
             self._has_warned_of_collapse = True
             if self.accelerator.is_main_process:

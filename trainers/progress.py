@@ -1,6 +1,13 @@
-"""Print training's progress: one line a logged step, on one process. The full record stays in the trainer's log."""
+"""
+Print training's progress on one process: one line a logged step, and a step's completions where `log_completions` asks
+for them. The full record stays in the trainer's log.
+"""
 
 import time
+from collections.abc import Mapping
+from itertools import groupby
+from textwrap import indent
+from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -68,6 +75,56 @@ class ProgressLine(TrainerCallback):
             parts.append(f"{_duration(left)} left")
             self._last_step, self._last_time = step, now
         print("   ".join(parts), flush=True)
+
+
+def print_completions(logs: Mapping[str, Any], step: int, num_completions: int | None = None) -> None:
+    """
+    Print a step's completions: each prompt once, and below it its completions with their numbers.
+
+        step 12, prompt 1 of 8: Write a function double(x) that returns twice x.
+
+        unit_tests 0.998   advantage 0.5   verdict passed   completion_tokens 24
+
+            return 2 * x
+
+    Args:
+        logs (`Mapping[str, Any]`):
+            What TRL's rollout trainers keep of a step: `prompt`, `completion` and `advantages`, one a completion, those
+            of one prompt side by side, and `rewards` and `extra`, each a dictionary of such columns.
+        step (`int`):
+            The optimizer step.
+        num_completions (`int`, *optional*):
+            How many to print. If `None`, all.
+    """
+    prompts, completions = list(logs["prompt"]), list(logs["completion"])
+    columns = {**logs["rewards"], "advantage": logs["advantages"], **logs["extra"]}
+    groups = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda row: prompts[row])]
+    for number, rows in enumerate(groups, start=1):
+        if num_completions is not None and rows[0] >= num_completions:
+            return
+        print(f"\nstep {step}, prompt {number} of {len(groups)}: {_text(prompts[rows[0]])}")
+        for row in rows[: None if num_completions is None else num_completions - rows[0]]:
+            shown = [
+                f"{name} {values[row]:.3g}" if isinstance(values[row], float) else f"{name} {values[row]}"
+                for name, values in columns.items()
+            ]
+            print(f"\n{_visible('   '.join(shown))}\n\n{indent(_text(completions[row]), '    ')}", flush=True)
+
+
+def _text(entry: str | list[dict]) -> str:
+    """A prompt or a completion for people, of several messages with their roles."""
+    if isinstance(entry, str):
+        text = entry
+    elif len(entry) == 1:
+        text = str(entry[0].get("content"))
+    else:
+        text = "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in entry)
+    return _visible(text.strip("\n"))
+
+
+def _visible(text: str) -> str:
+    """The text with what a terminal would hide or obey as in a Python literal: completions are untrusted."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 def _duration(seconds: float) -> str:
