@@ -335,6 +335,7 @@ def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path
     class Engine:
         temperature = 0.8
         temperatures = []
+        sampling_logps = None
 
         def sync_weights(self):
             trainer.model.merge_adapter()

@@ -85,11 +85,26 @@ class PolicyGradientConfig(RLOOConfig):
         },
     )
 
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to multiply the loss of completions from vLLM by the ratio of their probability under the "
+            "policy to that under vLLM, whose kernels round differently."
+        },
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=3.0, metadata={"help": "Upper bound of these ratios, which are of whole completions."}
+    )
+
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: write a number above 0 and at most 1 (1 keeps every token)")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: write a number above 0, the policy is sampled from")
+        if not self.vllm_importance_sampling_clip_max > 0:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_max is {self.vllm_importance_sampling_clip_max}: write a number above 0"
+            )
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline is {self.baseline!r}: write one of {', '.join(map(repr, BASELINES))}")
         if self.baseline == "group" and self.num_generations < 2:

@@ -58,7 +58,7 @@ def _without_padding(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     completion_length = max(1, int(batch["completion_mask"].sum(1).max()))
     for name in ("prompt_ids", "prompt_mask"):
         batch[name] = batch[name][:, -prompt_length:]
-    for name in ("completion_ids", "completion_mask", "old_per_token_logps"):
+    for name in ("completion_ids", "completion_mask", "old_per_token_logps", "sampling_per_token_logps"):
         if name in batch:
             batch[name] = batch[name][:, :completion_length]
     return batch

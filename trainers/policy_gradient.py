@@ -31,6 +31,7 @@ from .micro_batches import micro_batches
 from .progress import print_completions
 from .rollout import decode_completions, generate_completions
 from .timing import PhaseTimer
+from .vllm import FOUR_BIT, MergedVLLM, correct_for_sampler, padded
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         quantized = quantization_config is not None or getattr(model, "is_quantized", False)
+        if quantized and args.use_vllm:
+            raise ValueError(FOUR_BIT)
         if quantized and args.device.type == "cpu":
             raise ValueError(
                 "a quantised base cannot be trained after it has generated on a CPU (bitsandbytes repacks the weights "
@@ -68,6 +71,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             keep_adapter_in_fp32(self.model, adapter)
             if self.beta == 0.0 and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # RLOOTrainer's copy for the KL penalty
+        if self.use_vllm:
+            MergedVLLM.adopt(self.vllm_generation, with_logps=args.vllm_importance_sampling_correction)
         use_fast_log_probs(self.model, self.accelerator.device, self.temperature)
         if args.gradient_checkpointing is None:
             self._decide_on_checkpointing()
@@ -217,6 +222,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         del rollout["old_logps"]  # sums over whole completions
         if self.needs_old_logps:
             rollout["old_per_token_logps"] = logps[0]
+        if mode == "train" and self.use_vllm and (sampling_logps := self.vllm_generation.sampling_logps):
+            rollout["sampling_per_token_logps"] = padded(sampling_logps, rollout["completion_ids"])
         return rollout
 
     def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list]:
@@ -322,7 +329,11 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
         )
-        loss = self.policy_loss(per_token_logps.float(), inputs) * inputs.get("loss_weight", 1.0)
+        per_token_logps = per_token_logps.float()
+        if "sampling_per_token_logps" in inputs:
+            clip_max = self.args.vllm_importance_sampling_clip_max
+            self.measured |= correct_for_sampler(inputs, per_token_logps.detach(), clip_max)
+        loss = self.policy_loss(per_token_logps, inputs) * inputs.get("loss_weight", 1.0)
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss
             self.measured["aux_loss"] = aux_loss

@@ -129,24 +129,47 @@ def _checkpoint_name(name: str) -> str:
     return name
 
 
-def importance_ratios(
-    policy_logps: torch.Tensor, sampling_logps: torch.Tensor, mask: torch.Tensor, clip_max: float
-) -> torch.Tensor:
+def padded(logps: list[list[float]], completion_ids: torch.Tensor) -> torch.Tensor:
     """
-    Return by how much the policy prefers completions over the sampler that drew them.
+    Return log-probabilities as a tensor of the shape of the completions.
 
     Args:
-        policy_logps (`torch.Tensor` of shape `(batch_size, completion_length)`):
-            Log-probabilities of the tokens under the policy of the rollout.
-        sampling_logps (`torch.Tensor` of the same shape):
-            Those under the sampler. A token where this is NaN counts as equally probable under both.
-        mask (`torch.Tensor` of the same shape):
-            1 where a token counts.
+        logps (`list[list[float]]`):
+            Those of the tokens of each completion.
+        completion_ids (`torch.Tensor` of shape `(batch_size, completion_length)`):
+            The completions, padded to the right.
+
+    Returns:
+        `torch.Tensor`: 0 where there is padding.
+    """
+    result = torch.zeros_like(completion_ids, dtype=torch.float32)
+    for row, values in zip(result, logps, strict=True):
+        row[: len(values)] = torch.tensor(values)
+    return result
+
+
+def correct_for_sampler(inputs: dict, per_token_logps: torch.Tensor, clip_max: float) -> dict[str, torch.Tensor]:
+    """
+    Multiply advantages, and with them the losses of completions, by how much the policy prefers them over the sampler.
+
+    The ratios are of whole completions' probabilities under the policy of the rollout. They are taken once: what they
+    are computed from is removed.
+
+    Args:
+        inputs (`dict`):
+            The micro-batch, with `advantages`, `completion_mask`, `sampling_per_token_logps` and, if it was computed,
+            `old_per_token_logps`. A token whose log-probability under the sampler is NaN has a ratio of 1.
+        per_token_logps (`torch.Tensor` of shape `(batch_size, completion_length)`):
+            Log-probabilities under the policy in training, for want of `old_per_token_logps`.
         clip_max (`float`):
             Upper bound of a ratio.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`: Ratios of whole completions' probabilities.
+        `dict[str, torch.Tensor]`: What is logged, by [`~trl.GRPOTrainer`]'s names.
     """
-    difference = ((policy_logps - sampling_logps) * mask).nan_to_num(0.0)
-    return difference.sum(1).exp().clamp(max=clip_max)
+    difference = inputs.get("old_per_token_logps", per_token_logps) - inputs.pop("sampling_per_token_logps")
+    log_ratios = (difference * inputs["completion_mask"]).nan_to_num(0.0).sum(1)
+    ratios = log_ratios.exp().clamp(max=clip_max)
+    inputs["advantages"] = inputs["advantages"] * ratios
+    extremes = {"min": ratios.min(), "mean": ratios.mean(), "max": ratios.max()}
+    return {f"sampling/importance_sampling_ratio/{name}": value for name, value in extremes.items()}
