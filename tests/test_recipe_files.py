@@ -115,6 +115,17 @@ def test_recipes_compute_in_fp16_on_a_gpu_without_bf16(pretended_gpu, capsys):
         parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--bf16", "true"])
 
 
+def test_a_launch_with_cpu_yaml_stays_on_the_cpu_of_a_machine_with_a_gpu(pretended_gpu, monkeypatch):
+    """SFT sent its inputs to the GPU, where the model was not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # all that such a launch tells a script
+    for stage in ("sft", "reinforce", "ppo_clip", "dpo"):
+        recipe = ROOT / "recipes" / "qwen2.5-coder-0.5b" / f"{stage}.yaml"
+        _, args, *_ = parse_settings(*STAGES[stage.split("_")[0]], argv=["--config", str(recipe)])
+        assert args.device == torch.device("cpu")
+
+
 def test_several_processes_on_one_gpu_are_refused(pretended_gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="2 processes were launched on a machine with 1 GPU, .* --num_processes 1"):
