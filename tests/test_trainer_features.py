@@ -322,13 +322,6 @@ def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, tiny_model, monk
         assert torch.equal(trained[name.replace(".weight", ".default.weight")], value), name
 
 
-def test_the_rollout_for_cpus_stays_there(tmp_path, tiny_model, monkeypatch):
-    trainer = build(ReinforceTrainer, tiny_model, tmp_path, lambda completions, **kwargs: [0.0] * 4)
-    assert trainer._has_own_rollout
-    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("cuda"))
-    assert not trainer._has_own_rollout
-
-
 def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path, tiny_model):
     """vLLM does not run here: in its place stands what TRL does to the policy on its behalf."""
 

@@ -278,7 +278,6 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
         (PPOClipConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         (PPOClipConfig, {"target_kl": 0.0}, "target_kl is 0.0"),
         (PPOClipConfig, {"dual_clip": 1.0}, "dual_clip is 1.0"),
-        (ReinforceConfig, {"use_transformers_continuous_batching": True}, "would cast an fp32 adapter to bf16"),
         (ReinforceConfig, {"num_generations": 3}, "must be divisible by num_generations"),
         (PPOClipConfig, {"per_device_train_batch_size": 1}, "a single completion cannot be normalized"),
     ],
@@ -286,6 +285,13 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
 def test_bad_settings_are_refused(tmp_path, config_class, settings, message):
     with pytest.raises(ValueError, match=message):
         config_class(str(tmp_path), **{"per_device_train_batch_size": 4, **COMMON, **settings})
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
+def test_continuous_batching_of_sharded_weights_is_refused(tmp_path, monkeypatch, sharding):
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharding}", "true")
+    with pytest.raises(ValueError, match="needs the whole weights on each GPU"):
+        ReinforceConfig(str(tmp_path), use_transformers_continuous_batching=True)
 
 
 def test_activations_are_kept_on_a_cpu_unless_asked_otherwise(tmp_path):

@@ -63,7 +63,7 @@ def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | Non
 
 
 @contextmanager
-def adapter_in_base_dtype(model: nn.Module) -> Iterator[None]:
+def adapter_in_base_dtype(model: nn.Module, copies: dict[nn.Parameter, torch.Tensor] | None = None) -> Iterator[None]:
     """
     Compute with a copy of the fp32 adapter in the dtype of its half-precision base.
 
@@ -73,7 +73,11 @@ def adapter_in_base_dtype(model: nn.Module) -> Iterator[None]:
     Args:
         model (`nn.Module`):
             The policy.
+        copies (`dict[nn.Parameter, torch.Tensor]`, *optional*):
+            The copies of an earlier call, filled anew where they lie; those missing are added. A CUDA graph that was
+            captured with them reads the adapter's present weights.
     """
+    copies = {} if copies is None else copies
     dtype = model.get_input_embeddings().weight.dtype
     masters = {
         parameter: parameter.data
@@ -82,7 +86,10 @@ def adapter_in_base_dtype(model: nn.Module) -> Iterator[None]:
     }
     try:
         for parameter, data in masters.items():
-            parameter.data = data.to(dtype)
+            copy = copies.get(parameter)
+            if copy is None or (copy.dtype, copy.device) != (dtype, data.device):
+                copy = copies[parameter] = torch.empty_like(data, dtype=dtype)
+            parameter.data = copy.copy_(data)
         yield
     finally:
         for parameter, data in masters.items():

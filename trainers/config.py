@@ -115,14 +115,16 @@ class PolicyGradientConfig(RLOOConfig):
             )
         if self.min_advantage_std < 0:
             raise ValueError(f"min_advantage_std is {self.min_advantage_std}: write 0 or more")
-        if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "use_transformers_continuous_batching would cast an fp32 adapter to bf16: set it to false, or use_vllm"
-            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the number of completions of a rollout: set it to false, and lower "
                 "per_device_train_batch_size while raising gradient_accumulation_steps"
+            )
+        is_sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        if is_sharded and self.use_transformers_continuous_batching:
+            raise ValueError(
+                "use_transformers_continuous_batching needs the whole weights on each GPU, and FSDP and DeepSpeed "
+                "shard them: set it to false, or use_vllm to true"
             )
         checkpointing = (self.gradient_checkpointing, self.activation_checkpointing)  # two names of one setting
         num_generations = self.num_generations
@@ -139,6 +141,5 @@ class PolicyGradientConfig(RLOOConfig):
             self.generation_batch_size //= 2
         if checkpointing == (None, None):
             # None on one accelerator: the trainer decides once the weights are on it
-            is_sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
             default = False if self.device.type == "cpu" else True if is_sharded else None
             self.gradient_checkpointing = self.activation_checkpointing = default

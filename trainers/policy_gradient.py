@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import DistributedType, gather, is_peft_model
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -29,7 +30,7 @@ from .learning_signal import SignalWatch, collapse
 from .memory import longest_prompt, needs_checkpointing
 from .micro_batches import micro_batches
 from .progress import print_completions
-from .rollout import decode_completions, generate_completions
+from .rollout import continuous_completions, decode_completions, generate_completions
 from .timing import PhaseTimer
 from .vllm import FOUR_BIT, MergedVLLM, correct_for_sampler, padded
 
@@ -235,15 +236,10 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         temperature = self.temperature if self.model.training else 0.0
         with self._phase("rollout"):
+            policy, sampling = self.accelerator.unwrap_model(self.model), (temperature, self.top_p, self.top_k)
             if self._has_own_rollout:
                 return generate_completions(
-                    self.accelerator.unwrap_model(self.model),
-                    prompt_ids,
-                    self.eos_token_ids,
-                    self.max_completion_length,
-                    temperature,
-                    self.top_p,
-                    self.top_k,
+                    policy, prompt_ids, self.eos_token_ids, self.max_completion_length, *sampling
                 )
             merges = False
             if self.use_vllm:
@@ -253,15 +249,21 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
                 merges = is_peft_model(self.model) and self.accelerator.distributed_type not in sharded
             else:
                 self.generation_config.do_sample = temperature > 0
+                if self.use_transformers_continuous_batching:
+                    return continuous_completions(
+                        policy, prompt_ids, self.generation_config, self.continuous_batching_config
+                    )
             with restored_base(self.model) if merges else nullcontext():
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
 
     @property
     def _has_own_rollout(self) -> bool:
-        """Whether this project's loop decodes: on a CPU, unless a setting asks for what only transformers can do."""
+        """Whether `generate_completions` decodes: where weights are whole, and no setting asks for another way."""
         return (
-            self.accelerator.device.type == "cpu"
+            self.accelerator.distributed_type != DistributedType.FSDP
+            and not is_deepspeed_zero3_enabled()
             and not self.use_vllm
+            and not self.use_transformers_continuous_batching
             and self.min_p is None
             and self.repetition_penalty == 1.0
             and not self.args.generation_kwargs

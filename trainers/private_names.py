@@ -74,5 +74,6 @@ PRIVATE_NAMES = (
     PrivateName(Trainer, "_get_output_dir", _CHECKPOINTS, ("trial",)),
     PrivateName(Trainer, "_save_rng_state", _CHECKPOINTS, ("output_dir",)),
     PrivateName(Trainer, "_load_rng_state", _CHECKPOINTS, ("checkpoint",)),
+    PrivateName(PreTrainedModel, "_can_compile_fullgraph", "trainers/rollout/graph.py"),
     PrivateName(PreTrainedModel, "_supports_attention_backend", "trainers/cpu/log_probs.py"),
 )

@@ -1,6 +1,7 @@
 """Rollouts: token ids and texts of a batch of completions, for training, evaluation and preference sampling alike."""
 
+from .continuous import continuous_completions
 from .decoding import decode_completions
-from .eager import generate_completions
+from .generate import generate_completions
 
-__all__ = ["decode_completions", "generate_completions"]
+__all__ = ["continuous_completions", "decode_completions", "generate_completions"]

@@ -1,9 +1,9 @@
 """
-The decoding loop that runs on any device: one forward a token-step, over the rows that have not ended.
+The decoding loop for CPUs: one forward a token-step, over the rows that have not ended.
 
 Beyond a plain `generate`, and without changing the distribution: a prompt that repeats in the batch is prefilled once,
-finished rows leave the batch (once they are an eighth of it), the LM head sees last positions only, and the cache is not copied at every step. Not
-covered: beam search, repetition penalties and encoder-decoder models.
+finished rows leave the batch (once they are an eighth of it), the LM head sees last positions only, and the cache is
+not copied at every step. Not covered: beam search, repetition penalties and encoder-decoder models.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
-from ..adapters import adapter_in_base_dtype, base_model, has_plain_lm_head
+from ..adapters import adapter_in_base_dtype, base_model
 from ..device import fast_linears
+from .prefill import next_token_logits, pad_left
 from .sampling import sample_tokens
 
 # Tokens of free space that the cache gets when it grows
@@ -47,8 +48,7 @@ class _RoomyLayer(DynamicLayer):
         self._buffers = None  # the remaining rows are a copy without free space
 
 
-@torch.no_grad()
-def generate_completions(
+def eager_completions(
     model: PreTrainedModel,
     prompt_ids: list[list[int]],
     eos_token_ids: list[int],
@@ -59,91 +59,63 @@ def generate_completions(
     on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """
-    Complete a batch of prompts.
+    Complete a batch of prompts as [`generate_completions`] does, which calls this.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The policy; it is put in eval mode for the duration.
-        prompt_ids (`list[list[int]]`):
-            Token ids of each prompt, not padded. A prompt may repeat.
-        eos_token_ids (`list[int]`):
-            Tokens that end a completion.
-        max_completion_length (`int`):
-            Maximum tokens of a completion, EOS included.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            0 decodes greedily.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            See [`sample_tokens`].
-        top_k (`int`, *optional*, defaults to `0`):
-            See [`sample_tokens`].
-        on_token (`Callable[[int], None]`, *optional*):
-            Called after each token-step with the number of rows that ended, for a progress bar.
+            The policy, in eval mode.
+        prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token:
+            As of [`generate_completions`].
 
     Returns:
-        `list[list[int]]`: Each completion's token ids, its EOS included where it has one.
+        `list[list[int]]`: Each completion's token ids.
     """
     base = base_model(model)
-    head = base.get_output_embeddings()
-    device = head.weight.device
+    device = base.get_output_embeddings().weight.device
 
-    def next_token_logits(**inputs) -> torch.Tensor:
-        if not has_plain_lm_head(base):
-            return base(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        # A 2-D product: the model's own forward would take a 3-D one, which copies the head once a row on a CPU
-        return head(base.base_model(**inputs, use_cache=True).last_hidden_state[:, -1])
+    with adapter_in_base_dtype(model), fast_linears(model, len(prompt_ids)):
+        unique = {tuple(ids): None for ids in prompt_ids}
+        row_of_prompt = {ids: row for row, ids in enumerate(unique)}
+        input_ids, mask = pad_left(list(unique), device)
 
-    was_training = model.training
-    model.eval()
-    try:
-        with adapter_in_base_dtype(model), fast_linears(model, len(prompt_ids)):
-            unique = {tuple(ids): None for ids in prompt_ids}
-            row_of_prompt = {ids: row for row, ids in enumerate(unique)}
-            longest = max(map(len, unique))
-            input_ids = torch.zeros(len(unique), longest, dtype=torch.long, device=device)
-            mask = torch.zeros_like(input_ids)
-            for row, ids in enumerate(unique):
-                input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-                mask[row, longest - len(ids) :] = 1
+        cache = DynamicCache(config=base.config)
+        cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = next_token_logits(
+            base, input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
 
-            cache = DynamicCache(config=base.config)
-            cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows = torch.tensor([row_of_prompt[tuple(ids)] for ids in prompt_ids], device=device)
+        logits, mask = logits[rows], mask[rows]
+        cache.batch_select_indices(rows)
+        lengths = mask.sum(-1, keepdim=True)
+        live = list(range(len(prompt_ids)))
+        completions = [[] for _ in prompt_ids]
+        eos = torch.tensor(eos_token_ids, device=device)
+
+        going = torch.ones(len(live), dtype=torch.bool, device=device)
+        for step in range(max_completion_length):
+            tokens = sample_tokens(logits, temperature, top_p, top_k)
+            for row, token, is_going in zip(live, tokens.tolist(), going.tolist(), strict=True):
+                if is_going:
+                    completions[row].append(token)
+            num_going = int(going.sum())
+            going = going & ~torch.isin(tokens, eos)
+            if on_token is not None:
+                on_token(num_going - int(going.sum()))
+            if step + 1 == max_completion_length or not going.any():
+                break
+            if int(going.sum()) <= (1 - MAX_ENDED) * len(live):
+                keep = going.nonzero()[:, 0]
+                live = [live[i] for i in keep.tolist()]
+                tokens, mask, lengths, going = tokens[keep], mask[keep], lengths[keep], going[keep]
+                cache.batch_select_indices(keep)
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
             logits = next_token_logits(
-                input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+                base,
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=lengths + step,
+                past_key_values=cache,
             )
-
-            rows = torch.tensor([row_of_prompt[tuple(ids)] for ids in prompt_ids], device=device)
-            logits, mask = logits[rows], mask[rows]
-            cache.batch_select_indices(rows)
-            lengths = mask.sum(-1, keepdim=True)
-            live = list(range(len(prompt_ids)))
-            completions = [[] for _ in prompt_ids]
-            eos = torch.tensor(eos_token_ids, device=device)
-
-            going = torch.ones(len(live), dtype=torch.bool, device=device)
-            for step in range(max_completion_length):
-                tokens = sample_tokens(logits, temperature, top_p, top_k)
-                for row, token, is_going in zip(live, tokens.tolist(), going.tolist(), strict=True):
-                    if is_going:
-                        completions[row].append(token)
-                num_going = int(going.sum())
-                going = going & ~torch.isin(tokens, eos)
-                if on_token is not None:
-                    on_token(num_going - int(going.sum()))
-                if step + 1 == max_completion_length or not going.any():
-                    break
-                if int(going.sum()) <= (1 - MAX_ENDED) * len(live):
-                    keep = going.nonzero()[:, 0]
-                    live = [live[i] for i in keep.tolist()]
-                    tokens, mask, lengths, going = tokens[keep], mask[keep], lengths[keep], going[keep]
-                    cache.batch_select_indices(keep)
-                mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
-                logits = next_token_logits(
-                    input_ids=tokens[:, None],
-                    attention_mask=mask,
-                    position_ids=lengths + step,
-                    past_key_values=cache,
-                )
-    finally:
-        model.train(was_training)
     return completions

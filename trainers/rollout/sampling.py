@@ -7,7 +7,9 @@ import torch
 NUM_CANDIDATES = 1024
 
 
-def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:
+def sample_tokens(
+    logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, in_graph: bool = False
+) -> torch.Tensor:
     """
     Draw one token a row from the truncated distribution.
 
@@ -23,6 +25,10 @@ def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float =
             Mass of the nucleus, in (0, 1].
         top_k (`int`, *optional*, defaults to `0`):
             Number of most likely tokens to keep; 0 keeps all.
+        in_graph (`bool`, *optional*, defaults to `False`):
+            Find the nucleus by a fixed number of operations and without asking the host, so that a CUDA graph can hold
+            the call. The distribution is the same. Where tokens are equally likely at the edge of the nucleus, and only
+            some of them belong to it, those of lower ids do; otherwise the sort decides.
 
     Returns:
         `torch.Tensor` of shape `(rows,)`: Token ids.
@@ -32,6 +38,8 @@ def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float =
     probs = (logits.float() / temperature).softmax(-1)
     if top_p == 1 and not top_k:
         return _draw(probs)
+    if in_graph and not top_k:
+        return _draw(probs.masked_fill(~_in_nucleus(probs, top_p), 0.0))
 
     candidates, tokens = probs.topk(min(top_k or NUM_CANDIDATES, probs.size(-1)))
     if top_k:  # a nucleus is a share of what top-k left
@@ -41,6 +49,27 @@ def sample_tokens(logits: torch.Tensor, temperature: float = 1.0, top_p: float =
     mass_before = candidates.cumsum(-1) - candidates
     candidates = candidates.masked_fill(mass_before >= top_p, 0.0)
     return tokens.gather(-1, _draw(candidates)[:, None])[:, 0]
+
+
+def _in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """
+    Which tokens of each row belong to the nucleus, found by bisection instead of a sort.
+
+    The bits of floats that are not negative, read as integers, have the floats' order. So 31 halvings find the least
+    probability of the nucleus: the greatest one such that the tokens of at least that probability have the mass.
+    """
+    bits = probs.view(torch.int32)
+    low = torch.zeros_like(bits[:, :1])
+    high = torch.full_like(low, 2**31 - 1)
+    for _ in range(31):
+        middle = high - (high - low) // 2
+        has_mass = torch.where(bits >= middle, probs, 0.0).sum(-1, keepdim=True) >= top_p
+        low, high = torch.where(has_mass, middle, low), torch.where(has_mass, high, middle - 1)
+    is_least = bits == low
+    mass_above = torch.where(bits > low, probs, 0.0).sum(-1, keepdim=True)
+    # Of tokens that are equally likely, the first ones, until the mass is reached
+    mass_before = mass_above + (is_least.cumsum(-1) - 1) * low.view(torch.float32)
+    return (bits > low) | is_least & (mass_before < top_p)
 
 
 def _draw(weights: torch.Tensor) -> torch.Tensor:
