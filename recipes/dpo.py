@@ -182,8 +182,6 @@ def main() -> None:
         use_fast_log_probs(model, args.device)
     print_progress_lines(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")  # it would be saved beside the trained one otherwise
     trainer.save_state()  # before the adapter: where there is an adapter there is its log
     trainer.save_model()
     run.finish()

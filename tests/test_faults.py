@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 import trainers.checkpoints
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer, last_checkpoint
@@ -247,6 +248,8 @@ def test_the_result_holds_no_copy_of_the_reference_and_checkpoints_do(tmp_path, 
     trainer.save_model()
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "ref").exists()
     assert "ref" in trainer.model.peft_config, "it is still in use"
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert names and not [name for name in names if "ref" in name]
     assert (tmp_path / "checkpoint-1" / "ref" / "adapter_model.safetensors").is_file()
     trained = (tmp_path / "adapter_model.safetensors").read_bytes()
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

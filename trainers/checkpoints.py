@@ -6,6 +6,7 @@ A checkpoint counts once it holds the file `complete`, which is written last. Ol
 So a process killed at any moment leaves a complete checkpoint to continue from.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -81,14 +82,17 @@ class CompleteCheckpoints:
             output_dir (`str`, *optional*):
                 The folder. Defaults to the run's.
         """
-        adapters = getattr(self.model, "peft_config", {})
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # In checkpoints it stays: who resumes from one may not have the adapter that training began with
-        reference = None if _internal_call else adapters.pop("ref", None)
+        leaves_out = not _internal_call and "ref" in getattr(model, "peft_config", {})
+        if leaves_out:
+            adapters = [name for name in model.peft_config if name != "ref"]
+            model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=adapters)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
-            if reference is not None:
-                adapters["ref"] = reference
+            if leaves_out:
+                del model.save_pretrained
 
     def stopped(self, what: str) -> RuntimeError:
         """
