@@ -1,4 +1,5 @@
-# make quickstart   set up, train and evaluate the default model in completion format on two CPU cores, print one table
+# make quickstart   set up, train the default model by REINFORCE in its chat format, and compare it with the untouched one;
+#                   ROWS="base sft reinforce ppo_clip" has the other trainers too, SEED=43 another seed
 # make reproduce    all nine rows of results/, two more seeds of SFT and of REINFORCE, and the report of them, in some hours
 #                   on two CPU cores; rows that results/ holds are not made again: RESULTS=DIR makes them elsewhere;
 #                   HUMANEVAL_PLUS=FILE adds stricter tests
@@ -13,15 +14,17 @@ ifndef DEVICE
 DEVICE := $(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),gpu,cpu)
 endif
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/$(if $(filter cpu,$(DEVICE)),cpu,single_gpu).yaml
-RECIPES := recipes/qwen2.5-coder-0.5b/completion
-QUICK := runs/quickstart
-QUICK_ROWS := base sft reinforce ppo_clip
+CHAT_RECIPES := recipes/qwen2.5-coder-0.5b
+RECIPES := $(CHAT_RECIPES)/completion
+SEED := 42
+QUICK := runs/quickstart$(if $(filter-out 42,$(SEED)),_seed$(SEED))
+ROWS := base reinforce
 RUNS := runs/reproduce
 RESULTS := results
 RL_ROWS := reinforce_alpha0.01 reinforce_alpha0.03 \
 	ppo_alpha0.01_bs4 ppo_alpha0.03_bs4 ppo_alpha0.01_bs8 ppo_alpha0.03_bs8
 SEED_ROWS := sft_seed43 sft_seed44 reinforce_alpha0.01_seed43 reinforce_alpha0.01_seed44
-ROWS := base sft $(RL_ROWS) dpo $(SEED_ROWS)
+ALL_ROWS := base sft $(RL_ROWS) dpo $(SEED_ROWS)
 SAMPLED := --num_generations 10 --temperature 0.2 --per_device_eval_batch_size $(if $(filter cpu,$(DEVICE)),110,330)
 HUMANEVAL_PLUS :=
 
@@ -31,12 +34,14 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: quickstart reproduce test lint format install
 .SECONDARY:
 
-quickstart: $(QUICK_ROWS:%=$(QUICK)/results/%/metrics.json)
-	@$(BIN)/python recipes/evaluate.py --compare $(QUICK_ROWS:%=$(QUICK)/results/%)
-	@echo "The adapters: $(QUICK)/sft $(QUICK)/reinforce $(QUICK)/ppo_clip"
+quickstart: $(ROWS:%=$(QUICK)/results/%/metrics.json)
+	@$(BIN)/python recipes/evaluate.py --compare $(ROWS:%=$(QUICK)/results/%) --picture $(QUICK)/gain.png
+	@echo "Picture: $(QUICK)/gain.png"
+	@echo "Adapters: $(patsubst %,$(QUICK)/%,$(filter-out base,$(ROWS)))"
+	@echo "Answers side by side: $(BIN)/python recipes/compare.py $(patsubst %,$(QUICK)/results/%,$(firstword $(ROWS)) $(lastword $(ROWS)))"
 
-reproduce: $(ROWS:%=$(RESULTS)/%/metrics.json) $(ROWS:%=$(RESULTS)/%/sampled/metrics.json)
-	@$(BIN)/python recipes/evaluate.py --compare $(ROWS:%=$(RESULTS)/%)
+reproduce: $(ALL_ROWS:%=$(RESULTS)/%/metrics.json) $(ALL_ROWS:%=$(RESULTS)/%/sampled/metrics.json)
+	@$(BIN)/python recipes/evaluate.py --compare $(ALL_ROWS:%=$(RESULTS)/%)
 	@$(BIN)/python recipes/report.py $(RESULTS)
 
 test: install
@@ -64,22 +69,17 @@ install: .venv/installed
 	touch $@
 
 # quickstart: an evaluation needs the adapter it evaluates; the base needs none
+QUICK_EVALUATE = $(LAUNCH) recipes/evaluate.py --config $(CHAT_RECIPES)/evaluate.yaml --num_generations 8 --temperature 0.8 \
+	--top_p 0.95 --per_device_eval_batch_size 132 --seed $(SEED) --output_dir $(@D)
+
 $(QUICK)/results/base/metrics.json: | install
-	$(LAUNCH) recipes/evaluate.py --config $(RECIPES)/evaluate.yaml --output_dir $(@D)
+	$(QUICK_EVALUATE)
 
 $(QUICK)/results/%/metrics.json: $(QUICK)/%/adapter_model.safetensors | install
-	$(LAUNCH) recipes/evaluate.py --config $(RECIPES)/evaluate.yaml --model_name_or_path $(<D) --output_dir $(@D)
+	$(QUICK_EVALUATE) --model_name_or_path $(<D)
 
-$(QUICK)/sft/adapter_model.safetensors: | install
-	$(LAUNCH) recipes/sft.py --config $(RECIPES)/sft.yaml --output_dir $(@D)
-
-$(QUICK)/reinforce/adapter_model.safetensors: $(QUICK)/sft/adapter_model.safetensors | install
-	$(LAUNCH) recipes/reinforce.py --config $(RECIPES)/reinforce.yaml --adapter_name_or_path $(<D) --output_dir $(@D) \
-		--max_steps 12
-
-$(QUICK)/ppo_clip/adapter_model.safetensors: $(QUICK)/sft/adapter_model.safetensors | install
-	$(LAUNCH) recipes/ppo_clip.py --config $(RECIPES)/ppo_clip.yaml --adapter_name_or_path $(<D) --output_dir $(@D) \
-		--max_steps 24
+$(QUICK)/%/adapter_model.safetensors: | install
+	$(LAUNCH) recipes/$*.py --config $(CHAT_RECIPES)/$*.yaml --seed $(SEED) --output_dir $(@D)
 
 # reproduce: each row greedily, and ten samples a task beside it
 EVALUATE = $(LAUNCH) recipes/evaluate.py --config $(RECIPES)/evaluate.yaml \

@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from statistics import mean, median
 
 from accelerate.utils import set_seed
@@ -42,13 +43,15 @@ from recipes.common.arguments import (
     refuse_several_processes,
 )
 from recipes.common.intervals import bootstrap_interval, wilson_interval
+from recipes.common.pictures import draw_plane
 from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer, split_off_adapter
 from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, write_whole
+from recipes.common.runs import Run
 from recipes.common.samples import read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
-from recipes.common.tables import print_table
+from recipes.common.tables import print_table, read_metrics
 from rewards import task_program, truncate_completion
 from sandbox import MAX_TIMEOUT, Sandbox
 from trainers import run_device
@@ -93,7 +96,13 @@ class EvaluateArguments(PromptArguments):
         },
     )
     compare: list[str] | None = field(
-        default=None, metadata={"help": "Result directories to print as one table. Nothing is evaluated then."}
+        default=None,
+        metadata={
+            "help": "Result directories to print as one table, with the gain over the first. Nothing is evaluated then."
+        },
+    )
+    picture: str | None = field(
+        default=None, metadata={"help": "With compare: PNG file for the figure of pass@1 against mean tokens."}
     )
 
     def __post_init__(self):
@@ -109,7 +118,12 @@ class EvaluateArguments(PromptArguments):
 def main() -> None:
     args, model_args, settings = parse_settings(EvaluateArguments, ModelConfig)
     if args.compare:
-        return print_table(args.compare)
+        print_table(args.compare)
+        if args.picture:
+            names = [Path(folder).resolve().name for folder in args.compare]
+            runs = [Run(name, read_metrics(folder)) for name, folder in zip(names, args.compare, strict=True)]
+            Path(args.picture).write_bytes(draw_plane(runs, {}, "", "light"))
+        return
     refuse_several_processes("evaluate")
     policy = model_args.model_name_or_path
     adapter = split_off_adapter(model_args)

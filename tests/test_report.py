@@ -1,12 +1,13 @@
 """The report: its statistics to the digit, and a page that stays whole and inert whatever a completion says."""
 
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from recipes import report
+from recipes import evaluate, report
 from recipes.common.intervals import bootstrap_interval, mcnemar_p, paired_gain
 from recipes.common.pictures import _spread
 from recipes.common.provenance import machine
@@ -156,6 +157,17 @@ def test_diff_has_no_header_and_names_its_lines():
         ("same", " "),
     ]
     assert report.unified_diff("a", "a") == []
+
+
+def test_compared_rows_are_drawn(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "base", ["a", "b"], [True, False])
+    write_run(tmp_path / "reinforce", ["a", "b"], [True, True])
+    picture = tmp_path / "gain.png"
+    line = ["--compare", str(tmp_path / "base"), str(tmp_path / "reinforce"), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
+    evaluate.main()
+    assert "+50.0 [+0.0, +100.0]" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_in_the_picture_do_not_overlap():

@@ -59,13 +59,13 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     """
     Draw pass@1 against mean tokens of a completion, both with 95% intervals, and the published runs in grey.
 
-    A run with another seed is a small point, joined to the run that it repeats.
+    A run with another seed is a small point, joined to the run that it repeats. A dashed line marks the run `base`.
 
     Args:
         runs (`list`):
             The runs (`name`, `recipe`, `metrics`).
         published (`dict`):
-            Tasks passed of 33 and mean tokens of each published run.
+            Tasks passed of 33 and mean tokens of each published run. May be empty.
         published_base (`str`):
             The model of the published runs.
         theme (`str`):
@@ -77,7 +77,8 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     colours = THEMES[theme]
     figure, (panel,) = _figure(4.5, 1, theme)
     published_points = [(tokens, passed / 33) for passed, tokens in published.values()]
-    panel.plot(*zip(*published_points, strict=True), "o", markerfacecolor="none", color=colours["muted"], markersize=6)
+    for point in published_points:
+        panel.plot(*point, "o", markerfacecolor="none", color=colours["muted"], markersize=6)
     points = {run.name: (run.metrics["mean_completion_tokens"], run.metrics["pass_at_1"]) for run in runs}
     seeds = [run for run in runs if run.name != run.recipe and run.recipe in points]
     for run in seeds:
@@ -85,6 +86,8 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
         panel.plot(*zip(points[run.recipe], points[run.name], strict=True), color=colour, linewidth=1.2)
         panel.plot(*points[run.name], marker, color=colour, markersize=5)
     named = [run for run in runs if run not in seeds]
+    if "base" in points:
+        panel.axhline(points["base"][1], color=colours["muted"], linewidth=1, linestyle="--")
     for run in named:
         marker, colour = _style(run.name, theme)
         x, y = points[run.name]
@@ -102,19 +105,21 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_locator(NullLocator())
     top = max([run.metrics["pass_at_1_interval"][1] for run in named] + [*y_values])
-    panel.set_ylim(-0.04, top + 0.06)
+    bottom = -0.04 if published else min(run.metrics["pass_at_1_interval"][0] for run in named) - 0.04
+    panel.set_ylim(bottom, top + 0.06)
     panel.yaxis.set_major_formatter(PercentFormatter(1))
     panel.set_xlabel("mean tokens of a completion (fewer is better)", color=colours["ink"], fontsize=11)
-    panel.set_title("pass@1, strict", loc="left", color=colours["ink"], fontsize=12)
+    panel.set_title("pass@1", loc="left", color=colours["ink"], fontsize=12)
     where = {"xy": (0.99, 0.99), "xycoords": "axes fraction", "ha": "right", "va": "top", "color": colours["muted"]}
-    note = f"○ published, {published_base}" + "\nsmall: another seed" * bool(seeds)
-    panel.annotate(note, fontsize=10, backgroundcolor=colours["paper"], **where)
-    heights = _spread([points[run.name][1] for run in named], 0.05 * (top + 0.1))
+    notes = [f"○ published, {published_base}"] * bool(published) + ["small: another seed"] * bool(seeds)
+    panel.annotate("\n".join(notes), fontsize=10, backgroundcolor=colours["paper"], **where)
+    height_of = top + 0.06 - bottom
+    heights = _spread([(points[run.name][1] - bottom) / height_of for run in named], 0.05)
     for run, height in zip(named, heights, strict=True):
         panel.annotate(
             run.name,
             points[run.name],
-            (names_share, (height + 0.04) / (top + 0.1)),
+            (names_share, height),
             textcoords="axes fraction",
             color=_style(run.name, theme)[1],
             fontsize=10,
