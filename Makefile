@@ -46,7 +46,8 @@ reproduce: $(ALL_ROWS:%=$(RESULTS)/%/metrics.json) $(ALL_ROWS:%=$(RESULTS)/%/sam
 
 test: install
 	$(BIN)/python -m pytest -q tests/sandbox
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/sandbox tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/sandbox --ignore tests/gpu tests
+	$(if $(filter cpu,$(DEVICE)),,$(BIN)/python -m pytest -q tests/gpu)
 
 lint: install
 	$(BIN)/ruff check .

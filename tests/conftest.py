@@ -1,11 +1,17 @@
 """Fixtures: a tiny policy with a byte tokenizer, built here and saved as a folder that recipes can load."""
 
 import os
+import sys
 from pathlib import Path
 
 # Read when huggingface_hub is imported: neither a test nor a subprocess of it reaches for the network
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: two threads of so small a model wait for each other
+# Read when CUDA starts: the suite computes on the CPU of a machine with a GPU, and so do its subprocesses. Only a call
+# that names tests/gpu sees the GPU
+GPU_TESTS = Path(__file__).parent / "gpu"
+if not any(Path(argument.partition("::")[0]).resolve().is_relative_to(GPU_TESTS) for argument in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
