@@ -197,7 +197,8 @@ def from_verl(row: Row) -> dict:
     task_id = f"{row.get('data_source') or 'verl'}/{row.number if index is None else index}"
     words = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(truth, dict) and isinstance(truth.get("test"), str) and isinstance(truth.get("entry_point"), str):
-        return task(row, task_id, words, truth["test"], truth["entry_point"], setup=truth.get("setup") or "")
+        made = task(row, task_id, words, truth["test"], truth["entry_point"], setup=truth.get("setup") or "")
+        return made | ({"inline": True} if truth.get("inline") is True else {})
     if isinstance(truth, dict) and isinstance(truth.get("pytest"), str):
         return task(row, task_id, words, *pytest_test(truth["pytest"]))
     if isinstance(truth, dict) and isinstance(truth.get("functional"), str):

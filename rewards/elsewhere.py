@@ -37,8 +37,8 @@ def compute_score(
         solution_str (`str`):
             The reply.
         ground_truth (`str`, `dict` or `list`):
-            The tests: JSON of `{"test", "entry_point", "setup"}`, as [`verl_rows`] writes it, or any other form of
-            tests that [`load_tasks`](tasks.py) reads from verl's files (cases, asserts, pytest).
+            The tests: JSON of `{"test", "entry_point", "setup", "inline"}`, as [`verl_rows`] writes it, or any other form
+            of tests that [`load_tasks`](tasks.py) reads from verl's files (cases, asserts, pytest).
         extra_info (`dict`, *optional*):
             The row's other information. Cases of a method need the question in its `prompt`, which says whether the
             method's class is `Solution`.
@@ -54,7 +54,8 @@ def compute_score(
     """
     truth = ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth)
     question = (extra_info or {}).get("prompt") or ""
-    verdict = _verdict(solution_str, *_tests(truth, question if isinstance(question, str) else json.dumps(question)))
+    tests = _tests(truth, question if isinstance(question, str) else json.dumps(question))
+    verdict = _verdict(solution_str, **tests)
     return float(verdict.passed)
 
 
@@ -93,8 +94,8 @@ async def rubric_reward(completion: str | list, info: str | dict) -> float:
         completion (`str` or `list`):
             The reply, text or messages.
         info (`dict` or `str`):
-            The row's column of this name: a dictionary, or JSON of one, with `test`, `entry_point` and, where there is
-            one, `setup`.
+            The row's column of this name: a dictionary, or JSON of one, with `test`, `entry_point` and, where there are
+            any, `setup` and `inline`.
 
     Returns:
         `float`: 1.0 or 0.0.
@@ -113,7 +114,7 @@ async def task_reward(task: Any, trace: Any) -> float:
 
     Args:
         task (`verifiers.v1.TaskData`):
-            The task's data, with the fields `test`, `entry_point` and, where there is one, `setup`.
+            The task's data, with the fields `test`, `entry_point` and, where there are any, `setup` and `inline`.
         trace (`verifiers.v1.Trace`):
             The rollout.
 
@@ -126,11 +127,12 @@ async def task_reward(task: Any, trace: Any) -> float:
     return await _passed(trace.last_reply, _columns(vars(task)))
 
 
-def _columns(task: Any) -> dict[str, str]:
-    return {"test": task["test"], "entry_point": task["entry_point"], "setup": task.get("setup") or ""}
+def _columns(task: Any) -> dict[str, Any]:
+    required = {"test": task["test"], "entry_point": task["entry_point"]}
+    return required | {"setup": task.get("setup") or "", "inline": bool(task.get("inline"))}
 
 
-async def _passed(reply: str, tests: dict[str, str]) -> float:
+async def _passed(reply: str, tests: dict[str, Any]) -> float:
     verdict = await asyncio.to_thread(_verdict, reply, **tests)
     if verdict.status == "invalid":
         raise ValueError(f"the task could not be judged: {verdict.detail}")
@@ -138,18 +140,18 @@ async def _passed(reply: str, tests: dict[str, str]) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tests(ground_truth: str, question: str) -> tuple[str, str, str]:
-    """A row's test, entry point and setup."""
+def _tests(ground_truth: str, question: str) -> dict[str, Any]:
+    """A row's test, entry point, setup and whether it is graded inline."""
     prompt = [{"role": "user", "content": question}]
     try:
         task = from_verl(Row("ground_truth", {"prompt": prompt, "reward_model": {"ground_truth": ground_truth}}))
     except LeftOut as reason:
         raise ValueError(f"ground_truth: the task makes no test: {reason}: leave the row out") from None
-    return task["test"], task["entry_point"], task["setup"]
+    return _columns(task)
 
 
-def _verdict(reply: str, test: str, entry_point: str, setup: str) -> Verdict:
-    return _batcher.run(task_program([], reply, test, entry_point, setup))
+def _verdict(reply: str, test: str, entry_point: str, setup: str, inline: bool) -> Verdict:
+    return _batcher.run(task_program([], reply, test, entry_point, setup, inline))
 
 
 class _Batcher:

@@ -268,6 +268,10 @@ def test_verl_ground_truth_in_the_forms_of_its_data_sets():
     assert score(method, solution, prompt="class Solution:\n    def inc(self, x):") == 1.0
     assert score(["assert inc(1) == 2"], "def inc(x):\n    return x + 1") == 1.0
     assert score({"test": "def check(f):\n    undefined(f)\n", "entry_point": "inc"}, "inc = abs") == 0.0, "not judged"
+    # A class that only compares inline: elsewhere it cannot cross
+    own = {"test": "def check(f):\n    assert type(f()).__name__ == 'Own'\n", "entry_point": "f", "inline": True}
+    assert score(own, "class Own:\n    pass\n\ndef f():\n    return Own()") == 1.0
+    assert score({**own, "inline": False}, "class Own:\n    pass\n\ndef f():\n    return Own()") == 0.0
     with pytest.raises(ValueError, match="ground_truth: the task makes no test: .*: leave the row out"):
         score({"functional": "def ("}, "inc = abs")
 
