@@ -37,8 +37,8 @@ def compute_score(
         solution_str (`str`):
             The reply.
         ground_truth (`str`, `dict` or `list`):
-            The tests: JSON of `{"test", "entry_point", "setup", "inline"}`, as [`verl_rows`] writes it, or any other form
-            of tests that [`load_tasks`](tasks.py) reads from verl's files (cases, asserts, pytest).
+            The tests: JSON of `{"test", "entry_point", "setup", "inline"}`, as [`verl_rows`] writes it, or any other
+            form of tests that [`load_tasks`](tasks.py) reads from verl's files (cases, asserts, pytest).
         extra_info (`dict`, *optional*):
             The row's other information. Cases of a method need the question in its `prompt`, which says whether the
             method's class is `Solution`.
