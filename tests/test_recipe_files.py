@@ -180,6 +180,25 @@ def test_deepseek_recipes_hold_the_published_values():
         assert (args.num_train_epochs, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 2, 1)
 
 
+def test_bf16_recipes_differ_from_the_published_ones_in_the_base_alone():
+    folder = ROOT / "recipes" / "deepseek-coder-1.3b"
+    for path in (folder / "bf16").glob("*.yaml"):
+        published = yaml.safe_load((folder / path.name).read_text())
+        for name in ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"):
+            del published[name]
+        for name in {"output_dir", "adapter_name_or_path"} & set(published):
+            published[name] = published[name].replace("1.3b/", "1.3b/bf16/")
+        assert yaml.safe_load(path.read_text()) == published
+
+
+@pytest.mark.parametrize("stage", ["reinforce", "ppo_clip"])
+def test_the_1_5b_recipes_take_64_completions_a_step(stage):
+    path = ROOT / "recipes" / "qwen2.5-coder-1.5b" / f"{stage}.yaml"
+    _, args, model, _ = parse_settings(*STAGES[stage.split("_")[0]], argv=["--config", str(path)])
+    assert (args.generation_batch_size, args.num_generations, args.per_device_train_batch_size) == (64, 8, 4)
+    assert (model.load_in_4bit, args.baseline) == (False, "group")
+
+
 def test_small_recipes_have_the_rows_of_the_published_table():
     folder = ROOT / "recipes" / "qwen2.5-coder-0.5b" / "completion"
     for published in (ROOT / "recipes" / "deepseek-coder-1.3b").glob("*_alpha*.yaml"):
