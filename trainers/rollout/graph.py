@@ -168,7 +168,7 @@ class TokenStep:
 
     def draw(self, logits: torch.Tensor) -> None:
         """Draw the next token of every row from its logits."""
-        drawn = torch.where(self.ended, NO_TOKEN, sample_tokens(logits, *self.sampling, in_graph=True))
+        drawn = sample_tokens(logits, *self.sampling, in_graph=True).masked_fill(self.ended, NO_TOKEN)
         self.completions.index_copy_(1, self.num_drawn, drawn[:, None])
         self.num_drawn.add_(1)
         self.ended.logical_or_((drawn[:, None] == self.eos).any(-1))

@@ -53,23 +53,22 @@ def sample_tokens(
 
 def _in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     """
-    Which tokens of each row belong to the nucleus, found by bisection instead of a sort.
+    Return which tokens of each row belong to the nucleus, without a sort.
 
-    The bits of floats that are not negative, read as integers, have the floats' order. So 31 halvings find the least
-    probability of the nucleus: the greatest one such that the tokens of at least that probability have the mass.
+    The least probability of the nucleus is the greatest one whose tokens, with all that are likelier, have the mass. It
+    is found bit by bit: the bits of floats that are not negative, read as integers, have the floats' order, and those
+    of 1.0 are 30.
     """
     bits = probs.view(torch.int32)
-    low = torch.zeros_like(bits[:, :1])
-    high = torch.full_like(low, 2**31 - 1)
-    for _ in range(31):
-        middle = high - (high - low) // 2
-        has_mass = torch.where(bits >= middle, probs, 0.0).sum(-1, keepdim=True) >= top_p
-        low, high = torch.where(has_mass, middle, low), torch.where(has_mass, high, middle - 1)
-    is_least = bits == low
-    mass_above = torch.where(bits > low, probs, 0.0).sum(-1, keepdim=True)
+    least = torch.zeros_like(bits[:, :1])
+    for bit in reversed(range(30)):
+        higher = least | 1 << bit
+        has_mass = (probs * (bits >= higher)).sum(-1, keepdim=True) >= top_p
+        least = torch.where(has_mass, higher, least)
+    is_above, is_least = bits > least, bits == least
     # Of tokens that are equally likely, the first ones, until the mass is reached
-    mass_before = mass_above + (is_least.cumsum(-1) - 1) * low.view(torch.float32)
-    return (bits > low) | is_least & (mass_before < top_p)
+    mass_before = (probs * is_above).sum(-1, keepdim=True) + (is_least.cumsum(-1) - 1) * least.view(torch.float32)
+    return is_above | is_least & (mass_before < top_p)
 
 
 def _draw(weights: torch.Tensor) -> torch.Tensor:
