@@ -95,6 +95,8 @@ def test_card_and_generation_end(tmp_path, tiny_folder, monkeypatch, capsys):
     metrics = {"num_passed": 20, "num_tasks": 33, "pass_at_1": 20 / 33, "pass_at_1_interval": [0.44, 0.75]}
     metrics |= {"truncated_pass_at_1": 20 / 33, "mean_completion_tokens": 52.7, "median_completion_tokens": 40}
     (results / "metrics.json").write_text(json.dumps({**metrics, "verdicts": {"passed": 20, "failed": 13}}))
+    sample = {"task_id": "a", "passed": True, "completion_tokens": 3}
+    (results / "per_task.jsonl").write_text(json.dumps(sample) + "\n")
     run(monkeypatch, adapter_name_or_path=adapter, output_dir=output, results=results)
     assert "in 4 bits and is merged into the weights before quantisation" in capsys.readouterr().out
     card = (output / "README.md").read_text()

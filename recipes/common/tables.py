@@ -75,12 +75,12 @@ def results_table(results: list[str]) -> str:
         SystemExit: A directory holds no finished evaluation.
     """
     rows = []
+    metrics = [read_metrics(folder) for folder in results]
     first = task_means(results[0])
     names = [Path(folder).resolve().name for folder in results]
     if len({*names}) < len(names):  # ROW/sampled of several rows
         names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in results]
-    for name, folder in zip(names, results, strict=True):
-        m = read_metrics(folder)
+    for name, folder, m in zip(names, results, metrics, strict=True):
         low, high = m["pass_at_1_interval"]
         row = {
             "run": name,
