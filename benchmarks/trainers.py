@@ -10,6 +10,9 @@ workload is a number of completions and where they end: after exactly 128 tokens
 policy ends them, after 256 at most. Every number is of the second of two steps, in a process of its own; "one at a
 time" warms up on one completion. On two CPU cores all of it takes over two hours.
 
+Two sides are measured on a GPU only, unless `--sides` names them: RLOOTrainer with transformers' continuous batching,
+and ReinforceTrainer with transformers' `generate` in place of the loop in `trainers/rollout/graph.py`.
+
 Not covered: vLLM.
 """
 
@@ -45,8 +48,11 @@ SIDES = {
     "RLOOTrainer, no checkpointing": (RLOOTrainer, RLOOConfig, {"gradient_checkpointing": False}),
     "GRPOTrainer": (GRPOTrainer, GRPOConfig, {}),
     "one at a time": None,
+    "RLOOTrainer, continuous batching": (RLOOTrainer, RLOOConfig, {"use_transformers_continuous_batching": True}),
+    "ReinforceTrainer, generate": (ReinforceTrainer, ReinforceConfig, {"cache_implementation": "dynamic"}),
     "ReinforceTrainer": (ReinforceTrainer, ReinforceConfig, {}),
 }
+GPU_SIDES = ("RLOOTrainer, continuous batching", "ReinforceTrainer, generate")
 BASELINE = "ReinforceTrainer"
 PHASES = {
     "rollout": "_generate",
@@ -207,7 +213,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--adapter", default="runs/quickstart/sft", help="the adapter to train, the SFT stage's")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    sides = [side for side in SIDES if DEVICE.type == "cuda" or side not in GPU_SIDES]
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=sides)
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
