@@ -9,8 +9,6 @@ task's `pass_rate`, and can leave out tasks that the policy never or always pass
     python recipes/check_tasks.py --dataset_name tasks.jsonl --output_file good.jsonl \
         --model_name_or_path qwen2.5-coder-0.5b-instruct --min_pass_rate 0.1 --max_pass_rate 0.9
 
-The pass rates can also come from samples of the stage `preferences` (`--samples DIR`).
-
 A task is fit if its reference passes three times in less than half of the timeout, no do-nothing answer passes, and it
 overlaps with no test task. A task without a reference is fit if its tests load and no do-nothing answer passes.
 
@@ -71,18 +69,11 @@ class CheckArguments(TaskArguments):
     )
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
 
-    samples: str | None = field(
-        default=None,
-        metadata={
-            "help": "Output directory of the stage `preferences` on the same tasks. Its samples give the pass rates, "
-            "and no policy is sampled."
-        },
-    )
     min_pass_rate: float = field(
-        default=0.0, metadata={"help": "Smallest pass rate of a fit task, in [0, 1], with a policy or its samples."}
+        default=0.0, metadata={"help": "Smallest pass rate of a fit task, in [0, 1], with model_name_or_path."}
     )
     max_pass_rate: float = field(
-        default=1.0, metadata={"help": "Largest pass rate of a fit task, in [0, 1], with a policy or its samples."}
+        default=1.0, metadata={"help": "Largest pass rate of a fit task, in [0, 1], with model_name_or_path."}
     )
     num_generations: int = field(default=8, metadata={"help": "Completions per task."})
     temperature: float = field(default=0.8, metadata={"help": "What the logits are divided by, above 0."})
@@ -112,11 +103,8 @@ def main() -> None:
     tasks = load_stage_tasks(args.dataset_name, args.dataset_train_split)
     benchmarks = {name: load_stage_tasks(name, "test", "overlap_with") for name in args.overlap_with}
     has_policy = model_args.model_name_or_path is not None
-    if has_policy and args.samples:
-        raise SystemExit("samples and model_name_or_path both give pass rates: leave one out")
-    if not has_policy and not args.samples and (args.min_pass_rate > 0 or args.max_pass_rate < 1):
-        raise SystemExit("min_pass_rate and max_pass_rate need a policy: set model_name_or_path or samples")
-    rates: dict[str, float] = sampled_pass_rates(args.samples, tasks) if args.samples else {}
+    if not has_policy and (args.min_pass_rate > 0 or args.max_pass_rate < 1):
+        raise SystemExit("min_pass_rate and max_pass_rate need a policy: set model_name_or_path")
     if has_policy:
         adapter = split_off_adapter(model_args)
         check_policy(model_args, adapter, generates_on=run_device())
@@ -126,14 +114,15 @@ def main() -> None:
     for name, others in benchmarks.items():
         for task_id in overlaps(tasks, others):
             findings[task_id].append(f"overlaps with a test task of {name}")
+    rates: dict[str, float] = {}
     if has_policy:
         fit = asked.select([i for i, task_id in enumerate(asked["task_id"]) if not findings[task_id]])
         rates = pass_rates(fit, tokenizer, args, model_args, adapter) if len(fit) else {}
-    for task_id, rate in rates.items():
-        if rate < args.min_pass_rate:
-            findings[task_id].append("pass rate is below min_pass_rate")
-        elif rate > args.max_pass_rate:
-            findings[task_id].append("pass rate is above max_pass_rate")
+        for task_id, rate in rates.items():
+            if rate < args.min_pass_rate:
+                findings[task_id].append("pass rate is below min_pass_rate")
+            elif rate > args.max_pass_rate:
+                findings[task_id].append("pass rate is above max_pass_rate")
     print_findings(tasks, findings)
     if rates:
         print(f"mean pass rate of {len(rates)} tasks: {mean(rates.values()):.3f}")
@@ -219,35 +208,6 @@ def pass_rates(
         verdicts = sandbox.run(programs)
     passed = Counter(sample["task_id"] for sample, verdict in zip(samples, verdicts, strict=True) if verdict.passed)
     return {task_id: passed[task_id] / args.num_generations for task_id in by_id}
-
-
-def sampled_pass_rates(samples: str, tasks: Dataset) -> dict[str, float]:
-    """
-    Read pass rates off samples of the stage `preferences`.
-
-    Args:
-        samples (`str`):
-            Its output directory.
-        tasks ([`~datasets.Dataset`]):
-            The tasks that were sampled.
-
-    Returns:
-        `dict[str, float]`: Share of completions that pass, by task id.
-
-    Raises:
-        SystemExit: There are no samples, or a task has none.
-    """
-    path = Path(samples) / "samples.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"samples: there is no file {path}: has the stage 'preferences' finished?")
-    passed: dict[str, list[bool]] = {}
-    for line in path.read_text().splitlines():
-        sample = json.loads(line)
-        passed.setdefault(sample["task_id"], []).append(sample["passed"])
-    missing = [task["task_id"] for task in _rows(tasks) if task["task_id"] not in passed]
-    if missing:
-        raise SystemExit(f"samples: {path} has none of {missing[0]} and {len(missing) - 1} other tasks")
-    return {task["task_id"]: mean(passed[task["task_id"]]) for task in _rows(tasks)}
 
 
 def _judge(references: list[Verdict], nothings: list[Verdict], timeout: float) -> list[str]:

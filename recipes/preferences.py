@@ -13,6 +13,7 @@ Writes to OUTPUT_DIR:
     samples.jsonl   every completion, its tokens, verdict and reward; grows while the stage runs
     pairs.jsonl     `prompt`, `chosen`, `rejected` as TRL reads them, with task id, token ids, token counts and rewards
     dataset/        the same pairs for `datasets.load_from_disk`
+    tasks.jsonl     the tasks with the policy's pass rate on each, for the RL stages' min_pass_rate and max_pass_rate
     summary.json    how many tasks gave how many pairs, and why the others gave none
 
 An interrupted run resumes with the first unfinished chunk of tasks, and samples what it would have sampled. Texts have
@@ -134,10 +135,14 @@ def main() -> None:
         return print(f"{args.output_dir}: this run has finished")
 
     tokenizer = load_tokenizer(model_args)
+    rows = tasks.to_list()
     tasks = format_tasks(tasks, args, tokenizer, model_args)
     run.start()
     samples = sample_policy(run.path / "samples.jsonl", tasks, tokenizer, args, model_args)
     pairs, summary = form_pairs(samples, tasks.to_list(), args)
+    passed = Counter(sample["task_id"] for sample in samples if sample["passed"])
+    rows = [row | {"pass_rate": passed[row["task_id"]] / args.num_generations} for row in rows]
+    write_whole(run.path / "tasks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not pairs:
         raise SystemExit(

@@ -108,28 +108,3 @@ def test_a_policy_adds_pass_rates_and_limits_them(tmp_path, tiny_folder, monkeyp
         {**load_tasks(str(file), "all")[0], "pass_rate": 0.5}
     ]
     assert load_tasks(str(good)).to_list() == [{**load_tasks(str(file))[0], "pass_rate": 0.5}]
-
-
-def test_pass_rates_come_from_samples_too(tmp_path, monkeypatch, capsys):
-    file, good = tmp_path / "tasks.jsonl", tmp_path / "good.jsonl"
-    tasks = [row(name, "assert candidate(1) == 2", prompt=f"def f(x):  # {name}\n") for name in ("some", "never")]
-    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    line = ["--dataset_name", str(file), "--output_file", str(good), "--min_pass_rate", "0.1"]
-    monkeypatch.setattr(sys, "argv", ["check_tasks.py", *line, "--samples", str(tmp_path)])
-    with pytest.raises(SystemExit, match="samples.jsonl: has the stage 'preferences' finished"):
-        check_tasks.main()
-    samples = [{"task_id": "some", "passed": True}, {"task_id": "some", "passed": False}]
-    samples.append({"task_id": "never", "passed": False})
-    path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples[:2]))
-    with pytest.raises(SystemExit, match="has none of never and 0 other tasks"):
-        check_tasks.main()
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    check_tasks.main()
-    assert "| pass rate is below min_pass_rate" in capsys.readouterr().out
-    assert [json.loads(text)["pass_rate"] for text in good.read_text().splitlines()] == [0.5]
-    monkeypatch.setattr(
-        sys, "argv", [*sys.argv, "--model_name_or_path", "owner/name", "--output_file", str(good) + "2"]
-    )
-    with pytest.raises(SystemExit, match="samples and model_name_or_path both give pass rates"):
-        check_tasks.main()

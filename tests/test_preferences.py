@@ -14,6 +14,7 @@ from trl import ModelConfig
 from recipes import preferences
 from recipes.common.arguments import parse_settings
 from recipes.preferences import PreferencesArguments, form_pairs
+from rewards import load_tasks
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,11 +154,15 @@ def test_killed_run_continues_as_if_it_had_not_been(tmp_path, tiny_folder, tiny_
     samples.write_bytes(expected[: len(kept) + 100])  # and half a line, as if it had died while writing
 
     main(monkeypatch, config, killed)
-    for name in ("samples.jsonl", "pairs.jsonl", "summary.json"):
+    for name in ("samples.jsonl", "pairs.jsonl", "tasks.jsonl", "summary.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     rows = [json.loads(line) for line in expected.splitlines()]
     assert [row["task_id"] for row in rows] == [f"one/{n}" for n in range(6) for _ in range(4)]
     assert len({row["completion"] for row in rows}) > 20, "each chunk has a seed of its own"
+
+    rates = {f"one/{n}": sum(row["passed"] for row in rows[4 * n : 4 * n + 4]) / 4 for n in range(6)}
+    tasks = load_tasks(str(whole / "tasks.jsonl"))
+    assert dict(zip(tasks["task_id"], tasks["pass_rate"], strict=True)) == rates
 
     pairs = [json.loads(line) for line in (whole / "pairs.jsonl").read_text().splitlines()]
     summary = json.loads((whole / "summary.json").read_text())

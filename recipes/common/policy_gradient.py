@@ -39,7 +39,10 @@ class RLArguments(TaskArguments):
     )
     min_pass_rate: float = field(
         default=0.0,
-        metadata={"help": "Train on tasks with at least this `pass_rate`, a column that check_tasks.py writes."},
+        metadata={
+            "help": "Train on tasks with at least this `pass_rate`, a column of the tasks "
+            "that check_tasks.py and preferences.py write."
+        },
     )
     max_pass_rate: float = field(default=1.0, metadata={"help": "Train on tasks with at most this `pass_rate`."})
     length_penalty: float = field(
@@ -87,7 +90,7 @@ def in_pass_rate(tasks: Dataset, minimum: float, maximum: float) -> Dataset:
     if "pass_rate" not in tasks.column_names:
         raise SystemExit(
             "min_pass_rate and max_pass_rate: the tasks have no column 'pass_rate': let recipes/check_tasks.py write "
-            "it, with a policy"
+            "it, with a policy, or take the tasks.jsonl of recipes/preferences.py"
         )
     within = tasks.filter(lambda task: task["pass_rate"] is not None and minimum <= task["pass_rate"] <= maximum)
     if not len(within):
