@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load
 from transformers import TrainerCallback
 
 from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
-from trainers.adapters import restored_base
 from trainers.learning_signal import SignalWatch, collapse
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
@@ -320,55 +319,3 @@ def test_push_to_hub_uploads_the_adapter_and_its_card(tmp_path, tiny_model, monk
     assert saved, "the trained adapter"
     for name, value in saved.items():
         assert torch.equal(trained[name.replace(".weight", ".default.weight")], value), name
-
-
-def test_under_vllm_evaluation_is_greedy_and_the_base_is_left_as_it_was(tmp_path, tiny_model):
-    """vLLM does not run here: in its place stands what TRL does to the policy on its behalf."""
-
-    class Engine:
-        temperature = 0.8
-        temperatures = []
-        sampling_logps = None
-
-        def sync_weights(self):
-            trainer.model.merge_adapter()
-            trainer.model.unmerge_adapter()
-
-        def generate(self, prompts, **kwargs):
-            self.temperatures.append(self.temperature)
-            return prompts, [[5, 6, 1] for _ in prompts], None, None
-
-    trainer = build(
-        ReinforceTrainer,
-        tiny_model.to(torch.bfloat16),
-        tmp_path,
-        lambda completions, **kwargs: [float(i) for i in range(len(completions))],
-        trainer_args={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
-        temperature=0.8,
-        max_steps=3,
-    )
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
-    trainer.train()
-    trainer.evaluate()
-    assert Engine.temperatures == [0.8, 0.8, 0.8, 0.0]
-    assert all(torch.equal(trainer.model.get_parameter(name), value) for name, value in before.items())
-
-
-def test_a_merged_restored_base_bit_for_bit(tiny_model):
-    """TRL merges and unmerges the adapter to hand the weights to vLLM, which in bf16 is not the identity."""
-    torch.manual_seed(0)
-    model = get_peft_model(
-        tiny_model.to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-
-    def base():
-        return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
-
-    before = base()
-    with restored_base(model):
-        model.merge_adapter()
-        model.unmerge_adapter()
-        drifted = [name for name, value in base().items() if not torch.equal(value, before[name])]
-    assert drifted, "merging changes the base, or there is nothing to restore"
-    assert all(torch.equal(value, before[name]) for name, value in base().items())

@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapters import keep_adapter_in_fp32, restored_base
+from .adapters import keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
@@ -241,20 +241,15 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
                 return generate_completions(
                     policy, prompt_ids, self.eos_token_ids, self.max_completion_length, *sampling
                 )
-            merges = False
             if self.use_vllm:
                 self.vllm_generation.temperature = temperature
-                # TRL merges the adapter to hand the weights to vLLM
-                sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-                merges = is_peft_model(self.model) and self.accelerator.distributed_type not in sharded
             else:
                 self.generation_config.do_sample = temperature > 0
                 if self.use_transformers_continuous_batching:
                     return continuous_completions(
                         policy, prompt_ids, self.generation_config, self.continuous_batching_config
                     )
-            with restored_base(self.model) if merges else nullcontext():
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
 
     @property
     def _has_own_rollout(self) -> bool:
