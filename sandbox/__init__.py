@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .host import installed, low_limits, set_limits, usable_cores
+from .host import first_core, installed, low_limits, set_limits, usable_cores
 from .program import Program, Verdict, failed_parts
 from .wire import Channel
 
@@ -279,6 +279,7 @@ class Sandbox:
         settings = {
             "control": server_end.fileno(),
             "caller": os.getpid(),
+            "first_core": first_core(usable_cores()),
             "timeout": self.timeout,
             "memory_mb": self.memory_mb,
             "stdio_mb": self.stdio_mb,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 # What launchers tell each process about the number of processes on its host: torchrun and accelerate, Open MPI, Slurm
 RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
 def usable_cores(root: str = "/", environment: Mapping[str, str] = os.environ) -> int:
@@ -21,8 +22,27 @@ def usable_cores(root: str = "/", environment: Mapping[str, str] = os.environ) -
         `int`: At least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = next((int(environment[name]) for name in RANKS if environment.get(name, "").isdigit()), 1)
-    return max(1, int(min(cores, _quota(Path(root)))) // max(1, ranks))
+    return max(1, int(min(cores, _quota(Path(root)))) // max(1, _number(RANKS, environment, 1)))
+
+
+def first_core(share: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the core at which this process's workers begin: those of the processes of a host are on different cores.
+
+    Args:
+        share (`int`): Cores that a process of this host has for its workers.
+        environment (`Mapping`, *optional*): Where launchers leave the rank.
+
+    Returns:
+        `int`: To be taken modulo the usable cores. Of a process on its own it is the process id.
+    """
+    if _number(RANKS, environment, 1) <= 1:
+        return os.getpid()
+    return _number(LOCAL_RANK, environment, 0) * share
+
+
+def _number(names, environment, default):
+    """Return the first of these variables that is a number."""
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), default)
 
 
 def _quota(root):

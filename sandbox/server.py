@@ -47,7 +47,7 @@ def worker(number: int, descriptor: int, settings: dict[str, Any]) -> NoReturn:
         descriptor (`int`): The socket that connects the worker to the caller.
         settings (`dict`): What the caller started the server with.
     """
-    pin(number + settings["caller"])
+    pin(number + settings["first_core"])
     judge_end, zygote_end = socket.socketpair()
     cage.die_with_parent()
     pid, pids_failure = cage.fork_apart()
@@ -80,8 +80,7 @@ def pin(number: int) -> None:
     """Keep this process and its children on one core: waking each other on another core costs a fifth of the rate.
 
     Args:
-        number (`int`): The core, modulo the usable ones. It counts from the caller's process id, so that the few
-            workers of several callers are on different cores.
+        number (`int`): The core, modulo the usable ones.
     """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -10,7 +10,7 @@ import pytest
 from test_sandbox import GOOD, statuses
 
 from sandbox import Program, Sandbox
-from sandbox.host import usable_cores
+from sandbox.host import first_core, usable_cores
 
 METHOD = """class Solution:
     calls = 0
@@ -207,6 +207,19 @@ def test_workers_follow_the_quota_and_the_ranks(tmp_path, version):
     (tmp_path / "proc/self/cgroup").unlink()
     assert usable_cores(str(tmp_path), {"LOCAL_WORLD_SIZE": str(cores)}) == 1
     assert usable_cores(str(tmp_path), {"LOCAL_WORLD_SIZE": "x"}) == cores
+
+
+def test_workers_of_the_processes_of_a_host_are_on_different_cores(monkeypatch):
+    assert [first_core(4, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}) for rank in "01"] == [0, 4]
+    assert first_core(4, {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}) == first_core(4, {}) == os.getpid()
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(cores)))
+    for rank in (0, len(cores) - 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with Sandbox() as sandbox:
+            tests = f"import os\nassert f(-1) == 1\nassert os.sched_getaffinity(0) == {{{cores[rank]}}}, os.sched_getaffinity(0)"
+            [verdict] = sandbox.run([Program("f = abs", tests, "f")])
+            assert verdict.status == "passed", verdict
 
 
 def test_a_package_that_is_not_installed_is_refused():
