@@ -1,11 +1,10 @@
-"""A policy's base and its adapter: the dtype that the adapter is kept and computed in, and merging without drift."""
+"""A policy's base and its adapter: the dtype that the adapter is kept and computed in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -47,7 +46,8 @@ def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | Non
     """
     Make an adapter's trainable parameters fp32. TRL's trainers cast them to bf16 over a quantised base.
 
-    ZeRO-3 is left alone: it has fp32 masters of its own and cannot gather parameters of two dtypes (TRL issue 6089).
+    Under ZeRO-3 adapters get the base's dtype: it has fp32 masters of its own and cannot gather parameters of two
+    dtypes (TRL issue 6089), which a continued adapter and TRL's reference copy of it would otherwise have.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -56,6 +56,9 @@ def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | Non
             The parameters' values by name as they were before they were rounded; those not named keep their own.
     """
     if is_deepspeed_zero3_enabled():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
         return
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -94,26 +97,3 @@ def adapter_in_base_dtype(model: nn.Module, copies: dict[nn.Parameter, torch.Ten
     finally:
         for parameter, data in masters.items():
             parameter.data = data
-
-
-@contextmanager
-def restored_base(model: PeftModel) -> Iterator[None]:
-    """
-    Restore the base's weights bit for bit after an adapter was merged and unmerged within the context.
-
-    In bf16, W + BA - BA is not W: a base that is merged before every rollout drifts away from the one that the adapter
-    is saved for. The weights are kept in host memory meanwhile.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The policy, its weights not sharded (FSDP, ZeRO-3).
-    """
-    layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
-    # The parameter too: merging into a 4-bit layer replaces it
-    kept = [(layer, layer.weight, layer.weight.data.to("cpu", copy=True)) for layer in layers]
-    try:
-        yield
-    finally:
-        for layer, weight, data in kept:
-            layer.weight = weight
-            weight.data.copy_(data)

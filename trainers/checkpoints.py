@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
@@ -36,6 +37,29 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return complete[-1] if complete else None
 
 
+def shared_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """
+    Return the checkpoint from which all processes of a run continue: the newest complete one of the first process.
+
+    Args:
+        output_dir (`str` or `os.PathLike`):
+            The run's directory. Every process has to ask.
+
+    Returns:
+        `str` or `None`: Its folder.
+
+    Raises:
+        RuntimeError: On the host of another process it is not there, or not complete.
+    """
+    [checkpoint] = broadcast_object_list([last_checkpoint(output_dir)])
+    if checkpoint and not all(gather_object([(Path(checkpoint) / COMPLETE).is_file()])):
+        raise RuntimeError(
+            f"the run continues from {checkpoint}, which is on the first host and not on all: share output_dir between "
+            "hosts, or set save_on_each_node to true from the start"
+        )
+    return checkpoint
+
+
 class CompleteCheckpoints:
     """Write checkpoints that are complete or absent. A mixin that comes before the trainer among the bases."""
 
@@ -53,7 +77,7 @@ class CompleteCheckpoints:
             [`~transformers.trainer_utils.TrainOutput`]
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = shared_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):

@@ -73,6 +73,9 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     except ValueError as error:
         raise SystemExit(f"{config or 'the command line'}: {error}") from error
 
+    for part in parsed:
+        if getattr(part, "n_gpu", 1) > 1:
+            part._n_gpu = 1  # one process: on several GPUs Trainer would use nn.DataParallel, with a larger batch
     given = sorted({name for name in recipe if name != "env"} | set(on_line))
     values = {name: value for part in parsed for name, value in vars(part).items()}
     return *parsed, {name: values[name] for name in given if name in values}

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
 from recipes.default_model import DEFAULT_MODEL, default_model
@@ -125,6 +127,8 @@ def check_policy(model_args: ModelConfig, adapter: str | None = None, generates_
     dtype = model_args.dtype
     if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise SystemExit(f"dtype is {dtype!r}: write bfloat16, float16, float32 or auto")
+    if model_args.load_in_4bit and (parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()):
+        _store_4bit_as(dtype, model_args)
     base = adapter_base(adapter) if adapter else None
     model_args.model_name_or_path = model_path(model_args.model_name_or_path)
     if base and os.path.realpath(model_path(base)) != os.path.realpath(model_args.model_name_or_path):
@@ -172,6 +176,17 @@ def check_memory(model_args: ModelConfig, args: Any, tasks: Dataset, tokenizer: 
         )
 
 
+def _store_4bit_as(dtype: str | None, model_args: ModelConfig) -> None:
+    """Let 4-bit weights be stored in the dtype of the others, which FSDP and ZeRO-3 shard together with them."""
+    storage = model_args.bnb_4bit_quant_storage or dtype
+    if dtype in (None, "auto") or storage != dtype:
+        raise SystemExit(
+            f"bnb_4bit_quant_storage is {storage!r} and dtype {dtype!r}: to shard a 4-bit base with FSDP or ZeRO-3 "
+            "write the same dtype for both, such as bfloat16"
+        )
+    model_args.bnb_4bit_quant_storage = dtype
+
+
 def load_tokenizer(model_args: ModelConfig, padding_side: str = "right") -> PreTrainedTokenizerBase:
     """
     Load a base's tokenizer and make sure that it has a padding token.
@@ -208,7 +223,8 @@ def load_policy(
             Directory of the adapter.
 
     Returns:
-        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The adapter's parameters are fp32.
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The adapter's parameters are fp32, under ZeRO-3 of
+            the base's dtype.
     """
     quantization_config = get_quantization_config(model_args)
     model = AutoModelForCausalLM.from_pretrained(
@@ -219,4 +235,8 @@ def load_policy(
         quantization_config=quantization_config,
         device_map=None if quantization_config is None else {"": device},
     )
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model
+    if not adapter:
+        return model
+    # ZeRO-3 gathers parameters of one dtype only, and keeps fp32 masters itself
+    in_fp32 = not is_deepspeed_zero3_enabled()
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=in_fp32)

@@ -24,6 +24,7 @@ from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipConfig, PPOClipTrainer, ReinforceConfig, ReinforceTrainer
 from trainers.progress import print_progress_lines
+from trainers.vllm import FOUR_BIT
 
 
 @dataclass
@@ -136,6 +137,8 @@ def train_policy_gradient(
             The configuration that it takes.
     """
     rl, args, model_args, settings = parse_settings(RLArguments, config_class, ModelConfig)
+    if model_args.load_in_4bit and args.use_vllm:
+        raise SystemExit(f"use_vllm: {FOUR_BIT}")
     check_policy(model_args, rl.adapter_name_or_path, generates_on=args.device)
     if rl.adapter_name_or_path:
         settings["adapter_sha256"] = adapter_sha256(rl.adapter_name_or_path)

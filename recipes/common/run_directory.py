@@ -7,11 +7,14 @@ Not covered: checkpoints, which are the trainers' (`trainers/checkpoints.py`).
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from trainers import last_checkpoint
+from trainers.checkpoints import shared_checkpoint
 
 
 class RunDirectory:
@@ -39,16 +42,21 @@ class RunDirectory:
         self.path = Path(path)
         self.record = self.path / "run.json"
         self.run = json.loads(json.dumps({"stage": stage, "settings": settings}, default=str))
-        self.finished = False
+        self.finished: bool = _on_main_process(lambda: self._check(result))
+
+    def _check(self, result: str) -> bool:
+        """Refuse a directory that is not this run's. Return whether the run has finished."""
+        finished = False
         if self.record.is_file():
             found = json.loads(self.record.read_text())
-            self.finished = found.pop("finished", False) and any(self.path.glob(result))
+            finished = found.pop("finished", False) and any(self.path.glob(result))
             if found != self.run and not self._has_only_its_record():
                 raise SystemExit(
-                    f"output_dir {path} holds another run ({_difference(found, self.run)}): {self._advice}"
+                    f"output_dir {self.path} holds another run ({_difference(found, self.run)}): {self._advice}"
                 )
         elif self.path.is_dir() and not self._has_only_its_record():
-            raise SystemExit(f"output_dir {path} holds files and no {self.record.name}: {self._advice}")
+            raise SystemExit(f"output_dir {self.path} holds files and no {self.record.name}: {self._advice}")
+        return finished
 
     @property
     def _advice(self) -> str:
@@ -65,14 +73,19 @@ class RunDirectory:
             `str` or `None`: The checkpoint to resume from, if there is one.
 
         Raises:
-            SystemExit: Another process has claimed it.
+            SystemExit: Another run has claimed it, or the checkpoint is not on all hosts.
         """
-        if PartialState().is_main_process:
-            if self.record.is_file():
-                self._lock()
-            self._write(self.run)
+        _on_main_process(self._claim)
+        try:
+            return shared_checkpoint(self.path)
+        except RuntimeError as error:
+            raise SystemExit(f"output_dir: {error}") from None
+
+    def _claim(self) -> None:
+        if self.record.is_file():
             self._lock()
-        return last_checkpoint(self.path)
+        self._write(self.run)
+        self._lock()
 
     def _lock(self) -> None:
         self._locked = (
@@ -95,6 +108,20 @@ class RunDirectory:
     def _write(self, run: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.record, json.dumps(run, indent=2) + "\n")
+
+
+def _on_main_process(decide: Callable[[], Any]) -> Any:
+    """Return in every process what the first one decides, or stop every process: other hosts may lack its disk."""
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [decide(), None]
+        except SystemExit as error:
+            outcome = [None, str(error)]
+    value, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise SystemExit(refusal)
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:
