@@ -102,14 +102,28 @@ def results_table(results: list[str]) -> str:
             change, (low, high) = _gain(first, own, "completion_tokens")
             row["change [95%]"] = f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
         rows.append(row)
+    return markdown(rows)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """
+    Format rows as a Markdown table.
+
+    Args:
+        rows (`list[dict[str, str]]`):
+            Each row's cells by column. The longest row has all columns.
+
+    Returns:
+        `str`: The table.
+    """
     table = Table(box=box.MARKDOWN)
-    titles = max(rows, key=len)  # later rows have all columns
+    titles = max(rows, key=len)
     for title in titles:
-        table.add_column(title, justify="left" if title in ("run", "format") else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title in ("run", "row", "format") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(title, "") for title in titles))
     text = StringIO()
-    Console(file=text, width=160).print(table)
+    Console(file=text, width=200).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
