@@ -89,19 +89,18 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
 
     def _decide_on_checkpointing(self) -> None:
         """Set `gradient_checkpointing`, which the configuration left open."""
-        args, device = self.args, self.accelerator.device
+        args = self.args
         prompt_length = longest_prompt(self.train_dataset, self.processing_class)
         is_16_bit = args.bf16 or args.fp16 or self.model.dtype.itemsize == 2
         args.gradient_checkpointing = args.activation_checkpointing = needs_checkpointing(
             self.model.config,
             num_rows=args.per_device_train_batch_size,
             num_tokens=None if prompt_length is None else prompt_length + self.max_completion_length,
-            device=device,
+            device=self.accelerator.device,
             dtype=torch.bfloat16 if is_16_bit else torch.float32,
         )
         if args.gradient_checkpointing and is_peft_model(self.model):
             self.model.enable_input_require_grads()  # as RLOOTrainer does where the configuration says `True`
-        logger.info(f"gradient_checkpointing: {args.gradient_checkpointing}")
 
     def policy_loss(self, per_token_logps: torch.Tensor, inputs: dict) -> torch.Tensor:
         """
@@ -236,19 +235,17 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         temperature = self.temperature if self.model.training else 0.0
         with self._phase("rollout"):
-            policy, sampling = self.accelerator.unwrap_model(self.model), (temperature, self.top_p, self.top_k)
+            policy, length = self.accelerator.unwrap_model(self.model), self.max_completion_length
             if self._has_own_rollout:
-                return generate_completions(
-                    policy, prompt_ids, self.eos_token_ids, self.max_completion_length, *sampling
-                )
+                sampling = (temperature, self.top_p, self.top_k)
+                return generate_completions(policy, prompt_ids, self.eos_token_ids, length, *sampling)
             if self.use_vllm:
                 self.vllm_generation.temperature = temperature
             else:
                 self.generation_config.do_sample = temperature > 0
                 if self.use_transformers_continuous_batching:
-                    return continuous_completions(
-                        policy, prompt_ids, self.generation_config, self.continuous_batching_config
-                    )
+                    size = self.continuous_batching_config
+                    return continuous_completions(policy, prompt_ids, self.generation_config, size)
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
 
     @property
