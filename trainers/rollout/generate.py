@@ -84,7 +84,7 @@ def _transformers_completions(
     input_ids, mask = pad_left(prompt_ids, base.get_output_embeddings().weight.device)
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
-        eos_token_id=eos_token_ids,
+        eos_token_id=eos_token_ids or None,
         pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
         do_sample=temperature > 0,
         **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}),

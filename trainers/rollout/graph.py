@@ -237,8 +237,10 @@ class TokenStep:
         """
         num_ended = 0
         for num_drawn in range(1, max_tokens + 1):
-            if num_drawn > 1:
-                self.run(base) if self.graph is None else self.graph.replay()
+            if num_drawn > 1 and self.graph is not None:
+                self.graph.replay()
+            elif num_drawn > 1:
+                self.run(base)
             if num_drawn % CHECK_EVERY == 0 or num_drawn == max_tokens:
                 ended = int(self.ended[: self.num_prompts].sum())
                 if on_token is not None:
