@@ -1,5 +1,7 @@
 """What depends on the number of GPUs and on how a policy is sharded, as far as it can be pretended on a CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -41,6 +43,14 @@ def test_vllm_with_a_4_bit_base_is_refused_before_weights_load(tmp_path, monkeyp
     with pytest.raises(SystemExit, match="use_vllm: vLLM cannot serve a 4-bit base in training"):
         train_policy_gradient("reinforce", ReinforceTrainer, ReinforceConfig)
     assert not (tmp_path / "run").exists()
+
+
+def test_vllm_needs_version_2_of_fsdp(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version, refused in (("1", pytest.raises(ValueError, match="set fsdp_version")), ("2", nullcontext())):
+        monkeypatch.setenv("FSDP_VERSION", version)
+        with refused:
+            ReinforceConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize("sharded_by", ["FSDP", "ZeRO-3"])

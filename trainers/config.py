@@ -1,5 +1,6 @@
 """The settings that REINFORCE and PPO-Clip share."""
 
+import os
 from dataclasses import dataclass, field
 
 from accelerate.utils import parse_flag_from_env
@@ -125,6 +126,10 @@ class PolicyGradientConfig(RLOOConfig):
             raise ValueError(
                 "use_transformers_continuous_batching needs the whole weights on each GPU, and FSDP and DeepSpeed "
                 "shard them: set it to false, or use_vllm to true"
+            )
+        if self.use_vllm and parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError(
+                "use_vllm needs version 2 of FSDP, whose weights can be merged one at a time: set fsdp_version"
             )
         checkpointing = (self.gradient_checkpointing, self.activation_checkpointing)  # two names of one setting
         num_generations = self.num_generations
