@@ -2,8 +2,7 @@
 What REINFORCE and PPO-Clip share: the rollout, the advantages, and the way to the loss.
 
 TRL's `RLOOTrainer` generates, calls the reward functions, logs, distributes and saves. Replaced here are the
-advantages, the micro-batches, the loss, and the decoding loop where this project has a faster one (`rollout/`). Not
-covered: images.
+advantages, the micro-batches, the loss, and the decoding loop (`rollout/`). Not covered: images.
 
 The private names of TRL and transformers that this rests on are listed in `private_names.py`.
 """
