@@ -111,13 +111,13 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
     Args:
         rows (`list[dict[str, str]]`):
-            Each row's cells by column. The longest row has all columns.
+            Each row's cells by column.
 
     Returns:
         `str`: The table.
     """
     table = Table(box=box.MARKDOWN)
-    titles = max(rows, key=len)
+    titles = list(dict.fromkeys(title for row in sorted(rows, key=len, reverse=True) for title in row))
     for title in titles:
         table.add_column(title, justify="left" if title in ("run", "row", "format") else "right", no_wrap=True)
     for row in rows:
