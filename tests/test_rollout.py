@@ -104,6 +104,18 @@ def test_adapter_masters_come_back_untouched(tiny_model):
     assert {dtype for name, (_, dtype) in before.items() if "lora_" in name} == {torch.float32}
 
 
+def test_a_rollout_leaves_the_hooks_by_which_ddp_averages_gradients(tiny_model, tiny_tokenizer):
+    model = get_peft_model(tiny_model.to(torch.bfloat16), LoraConfig(target_modules="all-linear"))
+    masters = [p for p in model.parameters() if p.requires_grad]
+
+    def accumulators():  # DDP hooks these when it wraps a model
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in masters]
+
+    hooked = accumulators()
+    generate_completions(model, tiny_tokenizer(PROMPTS)["input_ids"], [1], 2)
+    assert accumulators() == hooked
+
+
 def test_progress_counts_rows_that_end(tiny_model, tiny_tokenizer):
     prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
     ended = []

@@ -66,34 +66,37 @@ def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | Non
 
 
 @contextmanager
-def adapter_in_base_dtype(model: nn.Module, copies: dict[nn.Parameter, torch.Tensor] | None = None) -> Iterator[None]:
+def adapter_in_base_dtype(model: nn.Module, copies: dict[nn.Parameter, nn.Parameter] | None = None) -> Iterator[None]:
     """
     Compute with a copy of the fp32 adapter in the dtype of its half-precision base.
 
-    Around an fp32 adapter PEFT casts the activations to fp32, which costs a factor of 2 to 3 on a CPU. The masters are
-    restored untouched. Nothing changes where base and adapter have one dtype.
+    Around an fp32 adapter PEFT casts the activations to fp32, which costs a factor of 2 to 3 on a CPU. The layers get
+    other parameters meanwhile. The masters are not written to: autograd would forget the hooks by which DDP averages
+    the gradient of a parameter whose `data` had another dtype. Nothing changes where base and adapter have one dtype.
 
     Args:
         model (`nn.Module`):
             The policy.
-        copies (`dict[nn.Parameter, torch.Tensor]`, *optional*):
+        copies (`dict[nn.Parameter, nn.Parameter]`, *optional*):
             The copies of an earlier call, filled anew where they lie; those missing are added. A CUDA graph that was
             captured with them reads the adapter's present weights.
     """
     copies = {} if copies is None else copies
     dtype = model.get_input_embeddings().weight.dtype
-    masters = {
-        parameter: parameter.data
-        for name, parameter in model.named_parameters()
-        if "lora_" in name and parameter.is_floating_point() and parameter.dtype != dtype
-    }
+    masters = [
+        (module, name, parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if "lora_" in f"{path}.{name}" and parameter.is_floating_point() and parameter.dtype != dtype
+    ]
     try:
-        for parameter, data in masters.items():
+        for module, name, parameter in masters:
             copy = copies.get(parameter)
-            if copy is None or (copy.dtype, copy.device) != (dtype, data.device):
-                copy = copies[parameter] = torch.empty_like(data, dtype=dtype)
-            parameter.data = copy.copy_(data)
+            if copy is None or (copy.dtype, copy.device) != (dtype, parameter.device):
+                copy = copies[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False)
+            copy.data.copy_(parameter.data)
+            setattr(module, name, copy)
         yield
     finally:
-        for parameter, data in masters.items():
-            parameter.data = data
+        for module, name, parameter in masters:
+            setattr(module, name, parameter)
