@@ -1,6 +1,8 @@
 """The decoding loop for CUDA, its step without the graph: the other loops' tokens, and buffers that stay in place."""
 
 import logging
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +179,79 @@ def test_a_seed_reproduces_samples_whether_or_not_the_step_exists(tiny_model, pr
     first = sample(3)
     assert first == sample(3) != sample(4)
     assert first[1] != first[3], "two rows of one prompt are two samples"
+
+
+def test_a_nan_of_an_earlier_rollout_is_forgotten(tiny_model, prompt_ids):
+    arguments = (tiny_model.eval(), prompt_ids, MANY_EOS, 24, 0.0)
+    expected = graph_completions(*arguments)
+    (step,) = steps_of(tiny_model).values()
+    for layer in step.cache.layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
+    assert graph_completions(*arguments) == expected
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch, tiny_model):
+    """What `torch.cuda` has for graphs. A replay runs the step; `modes` are those of synchronizing operations."""
+
+    class Graph:
+        modes, num_replays = ["default"], 0
+
+        def replay(self):
+            Graph.num_replays += 1
+            (step,) = steps_of(tiny_model).values()
+            step.run(tiny_model)
+
+    for name, value in {
+        "Stream": Mock(),
+        "current_stream": Mock(),
+        "stream": lambda stream: nullcontext(),
+        "get_sync_debug_mode": lambda: Graph.modes[-1],
+        "set_sync_debug_mode": Graph.modes.append,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, capture_error_mode: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return Graph
+
+
+def test_a_captured_step_is_replayed(tiny_model, prompt_ids, pretended_graphs):
+    arguments = (tiny_model.eval(), prompt_ids, MANY_EOS, 24, 0.0)
+    expected = eager_completions(*arguments)
+    for rollout in (1, 2):
+        assert graph_completions(*arguments, use_graph=True) == expected
+        assert pretended_graphs.num_replays == rollout * (max(map(len, expected)) - 1)
+    assert pretended_graphs.modes == ["default", "error", "default"]
+
+
+def test_a_step_that_waits_for_the_device_runs_without_a_graph(tiny_model, prompt_ids, pretended_graphs, caplog):
+    def wait(*args):
+        if pretended_graphs.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    tiny_model.eval().model.norm.register_forward_pre_hook(wait)
+    samples = []
+    for use_graph in (False, True, True):
+        torch.manual_seed(3)
+        samples.append(graph_completions(tiny_model, prompt_ids, [1], 12, 0.8, 0.95, use_graph=use_graph))
+    assert samples[0] == samples[1] == samples[2]
+    assert pretended_graphs.num_replays == 0 and pretended_graphs.modes == ["default", "error", "default"]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("trainers")] == [
+        "the token step of qwen2 runs without a CUDA graph, which is slower: called a synchronizing CUDA operation"
+    ]
+
+
+def test_a_failed_capture_names_the_way_without(tiny_model, prompt_ids, pretended_graphs, monkeypatch):
+    @contextmanager
+    def invalidated(graph, capture_error_mode):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", invalidated)
+    with pytest.raises(RuntimeError, match="previous error during capture. Training .* cache_implementation to 'dyna"):
+        graph_completions(tiny_model.eval(), prompt_ids, [1], 12, use_graph=True)
+    assert not steps_of(tiny_model)
 
 
 def test_progress_counts_rows_that_end(tiny_model, prompt_ids):

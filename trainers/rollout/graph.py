@@ -11,6 +11,8 @@ Not covered: what `why_not_covered` names. The step without the graph runs on an
 other loops on a CPU.
 """
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -24,6 +26,8 @@ from ..adapters import adapter_in_base_dtype, base_model
 from ..device import free_memory
 from .prefill import next_token_logits, pad_left
 from .sampling import sample_tokens
+
+logger = logging.getLogger(__name__)
 
 # Token steps between two questions to the device whether all rows have ended
 CHECK_EVERY = 16
@@ -108,7 +112,11 @@ class TokenStep:
         sampling (`tuple[float, float, int]`):
             Temperature, top-p and top-k.
         use_graph (`bool`):
-            Whether to capture the step in a CUDA graph.
+            Whether to capture the step in a CUDA graph. A step that waits for the device cannot be captured: it runs
+            without a graph, which the log says.
+
+    Raises:
+        RuntimeError: If the capture fails for another reason.
     """
 
     def __init__(
@@ -144,12 +152,32 @@ class TokenStep:
     def _capture(self, base: PreTrainedModel) -> None:
         stream = torch.cuda.Stream()  # a capture needs libraries that are initialized on a side stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.run(base)
-        torch.cuda.current_stream().wait_stream(stream)
+        # What waits for the device is found before the capture, which it would leave in a state without a way back
+        sync_debug_mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(action="ignore"):  # torch's, that the mode does not find everything
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                self.run(base)
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            logger.warning(
+                f"the token step of {base.config.model_type} runs without a CUDA graph, which is slower: {error}"
+            )
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode(sync_debug_mode)
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the GPU
-            self.run(base)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on using the GPU
+                self.run(base)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the token step cannot be captured in a CUDA graph: {error}. Training can do without, at the speed of "
+                "transformers' `generate`: set cache_implementation to 'dynamic'"
+            ) from error
         self.graph = graph
 
     def run(self, base: PreTrainedModel) -> None:
@@ -191,6 +219,7 @@ class TokenStep:
         longest = len(prompts[-1])
         prompts_a_forward = max(1, PREFILL_TOKENS // longest)
         self.mask.zero_()
+        self.cache.reset()  # a NaN of an earlier rollout would pass the mask
         all_rows, all_logits = [], []
         for first in range(0, len(prompts), prompts_a_forward):
             group = prompts[first : first + prompts_a_forward]
