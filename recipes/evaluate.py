@@ -122,6 +122,7 @@ def main() -> None:
         if args.picture:
             names = [Path(folder).resolve().name for folder in args.compare]
             runs = [Run(name, read_metrics(folder)) for name, folder in zip(names, args.compare, strict=True)]
+            Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
             Path(args.picture).write_bytes(draw_plane(runs, {}, "", "light"))
         return
     refuse_several_processes("evaluate")

@@ -111,7 +111,7 @@ def from_humaneval(row: Row) -> dict:
     setup = row.get("setup") or (prompt_setup(prompt, entry_point) if isinstance(prompt, str) else "")
     for name, source in (("test", row.text("test")), ("setup", setup)):
         try:
-            tree = ast.parse(source)
+            tree = ast.parse(source, name)
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{row.where}: field {name!r} is not Python: {error}") from None
         if name == "test" and not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):

@@ -155,8 +155,13 @@ def _recognise(where: str, row: object) -> Format:
             return form
     missing = {form: [name for name in form.needs if name not in row] for form in FORMATS}
     nearest = min(FORMATS, key=lambda form: (len(missing[form]), -len(form.needs)))
-    known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
     what = ", ".join(map(repr, missing[nearest]))
+    if len(missing[nearest]) == 1 and len(nearest.needs) > 2:  # a slip, so the other formats would only distract
+        raise ValueError(
+            f"{where}: field {what} is missing: a task in {nearest.name} format has {', '.join(nearest.needs)}, and "
+            f"this one has {', '.join(map(str, row))}"
+        )
+    known = "; ".join(f"{form.name} ({', '.join(form.needs)})" for form in FORMATS)
     raise ValueError(
         f"{where}: field {what} is missing for {nearest.name}, the nearest format, and the fields "
         f"{', '.join(map(str, row))} are none of the known formats: {known}"

@@ -78,7 +78,7 @@ def test_overlap_is_found_under_another_id_and_another_wording():
 
 
 def test_command_prints_a_table_and_writes_the_fit_tasks(task_file, tmp_path, monkeypatch):
-    good = tmp_path / "good.jsonl"
+    good = tmp_path / "new" / "good.jsonl"
     command = [sys.executable, "recipes/check_tasks.py", "--dataset_name", str(task_file), "--output_file", str(good)]
     run = subprocess.run([*command, "--sandbox_timeout", "2"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

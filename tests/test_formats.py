@@ -305,6 +305,19 @@ def test_an_unknown_format_gets_the_known_ones(tmp_path):
     assert "LiveCodeBench (question_content, public_test_cases, private_test_cases)" in message
 
 
+def test_a_task_that_lacks_one_field_is_told_which(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"task_id": "a", "prompt": "Write f.", "tests": "", "entry_point": "f"})
+    with pytest.raises(ValueError) as error:
+        load_tasks(path)
+    assert str(error.value) == (
+        f"{path}:1: field 'test' is missing: a task in HumanEval format has task_id, prompt, test, entry_point, and "
+        "this one has task_id, prompt, tests, entry_point"
+    )
+    path = write(tmp_path / "b.jsonl", {"task_id": "b", "prompt": "Write f.", "test": "def f(", "entry_point": "f"})
+    with pytest.raises(ValueError, match=r"b.jsonl:1: field 'test' is not Python: .* \(test, line 1\)"):
+        load_tasks(path)
+
+
 def test_test_tasks_of_humaneval_do_not_slip_into_training(tmp_path, caplog):
     tasks = {task["task_id"]: task for task in load_tasks("humaneval", "all")}
     rows = [

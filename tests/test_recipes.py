@@ -121,7 +121,7 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
         "| base      | completion |    0/3 |" in table
         and "| reinforce | completion |    0/3 |" in table
         and "| plus |" in table
-        and "|  +0.0 [+0.0, +0.0] |" in table
+        and " +0.0 [+0.0, +0.0] |" in table
     )
 
 
@@ -228,6 +228,10 @@ def test_output_directory_belongs_to_one_run(tmp_path):
     assert not RunDirectory(str(path), "sft", {"seed": 1}, result="metrics.json").finished
     with pytest.raises(SystemExit, match="with seed 1 where this one has 2"):
         RunDirectory(str(path), "sft", {"seed": 2})
+    with pytest.raises(SystemExit, match="with seed 1 where this one has none"):  # what a person wrote comes first
+        RunDirectory(str(path), "sft", {"adapter_sha256": "ca13"})
+    with pytest.raises(SystemExit, match="with adapter_sha256 none where this one has 'ca13'"):
+        RunDirectory(str(path), "sft", {"adapter_sha256": "ca13", "seed": 1})
     with pytest.raises(SystemExit, match="of the stage 'sft'"):
         RunDirectory(str(path), "reinforce", {"seed": 1})
     (tmp_path / "other").mkdir()

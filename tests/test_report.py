@@ -162,7 +162,7 @@ def test_diff_has_no_header_and_names_its_lines():
 def test_compared_rows_are_drawn(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "base", ["a", "b"], [True, False])
     write_run(tmp_path / "reinforce", ["a", "b"], [True, True])
-    picture = tmp_path / "gain.png"
+    picture = tmp_path / "new" / "gain.png"
     line = ["--compare", str(tmp_path / "base"), str(tmp_path / "reinforce"), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
     evaluate.main()

@@ -106,7 +106,6 @@ class RunDirectory:
             self._write({**self.run, "finished": True})
 
     def _write(self, run: dict) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.record, json.dumps(run, indent=2) + "\n")
 
 
@@ -126,7 +125,7 @@ def _on_main_process(decide: Callable[[], Any]) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """
-    Write a file atomically: it is complete or absent.
+    Write a file atomically: it is complete or absent. Missing parent directories are created.
 
     Args:
         path (`Path`):
@@ -134,6 +133,7 @@ def write_whole(path: Path, text: str) -> None:
         text (`str`):
             Its content.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
     draft.write_text(text)
     os.replace(draft, path)
@@ -147,5 +147,7 @@ def _difference(found: dict, wanted: dict) -> str:
     if found.get("stage") != wanted["stage"]:
         return f"of the stage {found.get('stage')!r}"
     old, new = found.get("settings", {}), wanted["settings"]
-    name = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
-    return f"with {name} {old.get(name, 'not set')!r} where this one has {new.get(name, 'not set')!r}"
+    different = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    name = min(different, key=lambda name: name.endswith("_sha256"))  # a field that somebody wrote says more
+    before, now = (repr(settings[name]) if name in settings else "none" for settings in (old, new))
+    return f"with {name} {before} where this one has {now}"

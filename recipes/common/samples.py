@@ -64,5 +64,4 @@ def write_programs(path: str, samples: list[dict], tasks: list[dict]) -> None:
         # A text prompt is part of the program; the setup, which a chat reply may count on, is not
         setup = "" if isinstance(task["prompt"], str) or not program.setup else program.setup.rstrip() + "\n\n"
         lines.append(json.dumps({"task_id": sample["task_id"], "solution": setup + program.solution}) + "\n")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), "".join(lines))
