@@ -68,7 +68,9 @@ def test_a_gpu_has_trls_log_probabilities_without_a_cast_of_the_activations(tiny
 
     expected = log_probs()
     assert seen == {torch.float32}
+    torch.backends.cuda.enable_cudnn_sdp(True)
     use_fast_log_probs(model, torch.device("cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "its gradients may be NaN"
     assert torch.equal(log_probs(), expected) and seen == {torch.bfloat16}
     log_probs(autocast=False)
     assert seen == {torch.float32}, "without autocast an fp32 adapter needs the cast"

@@ -86,6 +86,22 @@ def test_what_a_graph_samples_follows_the_distribution(tiny_model, top_p, top_k)
 
 
 @torch.no_grad()
+def test_a_step_that_waits_for_the_gpu_runs_without_a_graph(tiny_model, prompt_ids):
+    model = tiny_model.cuda().eval()
+    arguments = (model, prompt_ids, MANY_EOS, 40, 0.0)
+    expected = generate_completions(*arguments)
+    graph._KEPT.clear()
+
+    def wait(module, inputs):
+        inputs[0].sum().item()
+
+    model.model.norm.register_forward_pre_hook(wait)
+    assert generate_completions(*arguments) == expected
+    assert [step.graph for step in graph._KEPT[model].steps.values()] == [None]
+    assert len(generate_completions(model, prompt_ids, [], 40, 0.8, 0.95)[0]) == 40, "samples are drawn as before"
+
+
+@torch.no_grad()
 def test_rows_are_split_where_memory_is_short(tiny_model, prompt_ids, monkeypatch):
     model = tiny_model.cuda().eval()
     expected = generate_completions(model, prompt_ids, MANY_EOS, 40, temperature=0)
