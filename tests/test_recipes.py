@@ -17,7 +17,7 @@ from trl import ModelConfig
 from recipes import evaluate, preferences
 from recipes.common.arguments import load_stage_tasks
 from recipes.common.intervals import wilson_interval
-from recipes.common.policy import adapter_base, check_policy, model_path
+from recipes.common.policy import adapter_base, check_policy, load_tokenizer, model_path
 from recipes.common.run_directory import RunDirectory
 from recipes.default_model import DEFAULT_MODEL
 from recipes.evaluate import grade, load_extra_tests, print_table, summarize
@@ -183,6 +183,8 @@ def test_bad_policies_are_refused(tmp_path, tiny_folder):
         model_path("runs/no/such")
     with pytest.raises(SystemExit, match=f"write a directory, a Hub id, or {DEFAULT_MODEL}"):
         model_path(None)
+    with pytest.raises(SystemExit, match="model_name_or_path: no tokenizer could be loaded from .*: check the name"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
     with pytest.raises(SystemExit, match="there is no adapter in .*has the stage that writes it finished"):
         check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "other/base"}')
