@@ -199,10 +199,19 @@ def load_tokenizer(model_args: ModelConfig, padding_side: str = "right") -> PreT
 
     Returns:
         [`~transformers.PreTrainedTokenizerBase`]
+
+    Raises:
+        SystemExit: The directory or the Hub has no such tokenizer, or the Hub cannot be reached.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, padding_side=padding_side
-    )
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision, padding_side=padding_side)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(
+            f"model_name_or_path: no tokenizer could be loaded from {name!r}: check the name and, for a Hub id, the "
+            f"connection ({reason})"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
