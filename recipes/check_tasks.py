@@ -50,6 +50,7 @@ from sandbox import Program, Sandbox, Verdict
 from trainers import run_device
 
 NUM_RUNS = 3  # of each reference
+NOT_JUDGED = "cannot be judged"
 CHUNK = 64  # programs between two updates of the progress bar
 SIMILAR = 0.6  # share of a test task's words that make a prompt for a function of its name the same task
 NOTHINGS = ("None", "args[0] if args else None", "True", "0", "''", "[]")
@@ -135,7 +136,7 @@ def main() -> None:
 
 def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
     """
-    Run references and do-nothing answers.
+    Run references and do-nothing answers. Print why tasks cannot be judged, for the first three of them.
 
     Args:
         tasks ([`~datasets.Dataset`]):
@@ -166,6 +167,10 @@ def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
             bar.update(len(chunk))
     for task_id, of_task in verdicts.items():
         findings[task_id] += _judge(of_task[True], of_task[False], timeout)
+    unjudged = [task_id for task_id, found in findings.items() if found == [NOT_JUDGED]]
+    for task_id in unjudged[:3]:
+        of_task = verdicts[task_id][True] + verdicts[task_id][False]
+        print(f"{task_id} cannot be judged: {next(one.detail for one in of_task if one.status == 'invalid')}")
     return findings
 
 
@@ -214,7 +219,7 @@ def _judge(references: list[Verdict], nothings: list[Verdict], timeout: float) -
     """Say what is wrong with a task, given the verdicts of its reference's runs and of the do-nothing answers."""
     statuses = {verdict.status for verdict in references}
     if "invalid" in statuses or all(verdict.status == "invalid" for verdict in nothings):
-        return ["cannot be judged"]
+        return [NOT_JUDGED]
     found = []
     if len(statuses) > 1:
         found.append("reference is flaky")

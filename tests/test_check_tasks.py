@@ -1,6 +1,7 @@
 """The check of tasks before training finds what is wrong with each, and writes the others."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_command_prints_a_table_and_writes_the_fit_tasks(task_file, tmp_path, mo
     command = [sys.executable, "recipes/check_tasks.py", "--dataset_name", str(task_file), "--output_file", str(good)]
     run = subprocess.run([*command, "--sandbox_timeout", "2"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "fit for training" in run.stdout and "cannot be judged" in run.stdout
+    assert "fit for training" in run.stdout and "| cannot be judged" in run.stdout
+    assert re.search(r"^broken cannot be judged: .*ModuleNotFoundError: .*no_such_package", run.stdout, re.MULTILINE)
     assert {"good", "no reference"} <= set(load_tasks(str(good))["task_id"]) <= {"good", "no reference", "flaky"}
     monkeypatch.setattr(sys, "argv", command[1:])
     with pytest.raises(SystemExit, match="exists, choose another name"):
