@@ -21,7 +21,7 @@ CUT_OFF = {"timeout", "out_of_memory", "crashed"}  # which limit ends a program 
 def disagreements(results):
     """What the rows of a results folder get wrong, one line each."""
     found, rows = [], []
-    for path in sorted([*results.glob("*/per_task.jsonl"), *results.glob("*/sampled/per_task.jsonl")]):
+    for path in sorted(results.rglob("per_task.jsonl")):
         metrics = json.loads((path.parent / "metrics.json").read_text())
         samples = [json.loads(line) for line in path.read_text().splitlines()]
         settings, name = metrics["settings"], str(path.parent.relative_to(results))
