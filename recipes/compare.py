@@ -30,7 +30,7 @@ def main() -> None:
     answers = [read_answers(folder) for folder in (args.first, args.second)]
     names = [Path(folder).resolve().name for folder in (args.first, args.second)]
     if names[0] == names[1]:
-        names = [args.first, args.second]
+        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in (args.first, args.second)]
     shown = order_tasks(*answers)
     if not shown:
         raise SystemExit(f"{args.first} and {args.second} have no task in common")

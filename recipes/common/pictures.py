@@ -100,14 +100,14 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
     names_share = min(0.5, 0.02 * max(len(run.name) for run in named))  # of the width, a character being 0.02
     panel.set_xscale("log")
     panel.set_xlim(left / (right / left) ** (names_share / (1 - names_share)), right)
-    ticks = (5, 10, 20, 30, 50, 70, 100, 200, 300, 500)
+    ticks = (5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500)
     panel.set_xticks([tokens for tokens in ticks if left <= tokens <= right])
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_locator(NullLocator())
     top = max([run.metrics["pass_at_1_interval"][1] for run in named] + [*y_values])
     bottom = -0.04 if published else min(run.metrics["pass_at_1_interval"][0] for run in named) - 0.04
     panel.set_ylim(bottom, top + 0.06)
-    panel.yaxis.set_major_formatter(PercentFormatter(1))
+    panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.set_xlabel("mean tokens of a completion (fewer is better)", color=colours["ink"], fontsize=11)
     panel.set_title("pass@1", loc="left", color=colours["ink"], fontsize=12)
     where = {"xy": (0.99, 0.99), "xycoords": "axes fraction", "ha": "right", "va": "top", "color": colours["muted"]}
