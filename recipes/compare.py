@@ -10,7 +10,6 @@ statistics, which `report.py` has.
 """
 
 import argparse
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.common.samples import read_samples, visible
-from recipes.common.tables import read_metrics
+from recipes.common.tables import evaluation_names, read_metrics
 
 
 def main() -> None:
@@ -28,9 +27,7 @@ def main() -> None:
     parser.add_argument("--task", help="id of the one task to show, such as HumanEval/12")
     args = parser.parse_args()
     answers = [read_answers(folder) for folder in (args.first, args.second)]
-    names = [Path(folder).resolve().name for folder in (args.first, args.second)]
-    if names[0] == names[1]:
-        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in (args.first, args.second)]
+    names = evaluation_names([args.first, args.second])
     shown = order_tasks(*answers)
     if not shown:
         raise SystemExit(f"{args.first} and {args.second} have no task in common")

@@ -51,7 +51,7 @@ from recipes.common.run_directory import RunDirectory, write_whole
 from recipes.common.runs import Run
 from recipes.common.samples import read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
-from recipes.common.tables import print_table, read_metrics
+from recipes.common.tables import evaluation_names, print_table, read_metrics
 from rewards import task_program, truncate_completion
 from sandbox import MAX_TIMEOUT, Sandbox
 from trainers import run_device
@@ -120,7 +120,7 @@ def main() -> None:
     if args.compare:
         print_table(args.compare)
         if args.picture:
-            names = [Path(folder).resolve().name for folder in args.compare]
+            names = evaluation_names(args.compare)
             runs = [Run(name, read_metrics(folder)) for name, folder in zip(names, args.compare, strict=True)]
             Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
             Path(args.picture).write_bytes(draw_plane(runs, {}, "", "light"))

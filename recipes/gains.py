@@ -7,12 +7,12 @@ A results directory holds `ROW/EVALUATION/` as `evaluate.py` writes it, `ROW` be
 another seed, such as `reinforce_seed43`. Not covered: corrections for multiple comparisons.
 """
 
-import re
 import sys
 from pathlib import Path
 from statistics import mean
 
 from recipes.common.intervals import paired_gain
+from recipes.common.runs import recipe_name
 from recipes.common.tables import markdown, task_means
 
 
@@ -36,7 +36,7 @@ def gains_table(results: Path) -> str:
         raise SystemExit(f"{results} holds no evaluation of the untouched model (no base/EVALUATION/metrics.json)")
     seeds: dict[str, list[Path]] = {}
     for row in sorted({path.parent.parent for path in results.glob("*/*/metrics.json")}):
-        seeds.setdefault(re.sub(r"_seed\d+$", "", row.name), []).append(row)
+        seeds.setdefault(recipe_name(row.name), []).append(row)
     rows = []
     for name, folders in sorted(seeds.items(), key=lambda item: (item[0] != "base", item[0])):
         cells = {"row": name, "seeds": str(len(folders))}

@@ -20,6 +20,20 @@ PUBLISHED = {
 }
 
 
+def recipe_name(run_name: str) -> str:
+    """
+    Return the name of the run that a run repeats with another seed.
+
+    Args:
+        run_name (`str`):
+            A run's name.
+
+    Returns:
+        `str`: `"sft"` of `"sft_seed43"`, and its own name of a run that repeats none.
+    """
+    return re.sub(r"_seed\d+$", "", run_name)
+
+
 @dataclass
 class Run:
     """
@@ -46,8 +60,8 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """The run that this one repeats with another seed, `"sft"` of `"sft_seed43"`; else its own name."""
-        return re.sub(r"_seed\d+$", "", self.name)
+        """The run that this one repeats with another seed, else its own name."""
+        return recipe_name(self.name)
 
     @property
     def passed(self) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.common.intervals import paired_gain
+from recipes.common.samples import read_samples
 
 
 def read_metrics(folder: str) -> dict:
@@ -32,6 +33,23 @@ def read_metrics(folder: str) -> dict:
     return json.loads(path.read_text())
 
 
+def evaluation_names(results: list[str]) -> list[str]:
+    """
+    Name evaluations for a person.
+
+    Args:
+        results (`list[str]`):
+            Result directories.
+
+    Returns:
+        `list[str]`: The last part of each path, or the last two where that is the same for several, as of ROW/sampled.
+    """
+    names = [Path(folder).resolve().name for folder in results]
+    if len({*names}) < len(names):
+        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in results]
+    return names
+
+
 def task_means(folder: str) -> dict[str, dict[str, float]]:
     """
     Read the means of an evaluation's samples of each task.
@@ -45,8 +63,7 @@ def task_means(folder: str) -> dict[str, dict[str, float]]:
         `passed_plus`.
     """
     samples = {}
-    for line in (Path(folder) / "per_task.jsonl").read_text().splitlines():
-        sample = json.loads(line)
+    for sample in read_samples(folder):
         samples.setdefault(sample["task_id"], []).append(sample)
     names = ("passed", "completion_tokens", "passed_plus")
     return {
@@ -76,11 +93,9 @@ def results_table(results: list[str]) -> str:
     """
     rows = []
     metrics = [read_metrics(folder) for folder in results]
-    first = task_means(results[0])
-    names = [Path(folder).resolve().name for folder in results]
-    if len({*names}) < len(names):  # ROW/sampled of several rows
-        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in results]
-    for name, folder, m in zip(names, results, metrics, strict=True):
+    means = [task_means(folder) for folder in results]
+    first = means[0]
+    for name, folder, own, m in zip(evaluation_names(results), results, means, metrics, strict=True):
         low, high = m["pass_at_1_interval"]
         row = {
             "run": name,
@@ -92,7 +107,6 @@ def results_table(results: list[str]) -> str:
             row["truncated"] = f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
         if "plus_pass_at_1" in m:
             row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
-        own = task_means(folder)
         is_comparable = folder != results[0] and own.keys() == first.keys()
         if is_comparable:
             gain, (low, high) = _gain(first, own, "passed")
