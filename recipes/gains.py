@@ -16,17 +16,18 @@ from recipes.common.runs import recipe_name
 from recipes.common.tables import markdown, task_means
 
 
-def gains_table(results: Path) -> str:
+def gains_rows(results: Path) -> list[dict[str, str]]:
     """
-    Return the table, in Markdown.
+    Return the table's rows.
 
     Args:
         results (`Path`):
             The results directory.
 
     Returns:
-        `str`: Of the row `base` each evaluation's pass rate and mean tokens. Of every other row the gain over it in
-        points, by the evaluation's tasks and the row's seeds, with its paired 95% interval, and the mean tokens.
+        `list[dict[str, str]]`: Cells by their column's title. The row `base` has each evaluation's pass rate and mean
+        tokens. Every other row has the gain over it in points, by the evaluation's tasks and the row's seeds, with its
+        paired 95% interval, and the mean tokens.
 
     Raises:
         SystemExit: There is no row `base`, or a row was evaluated on other tasks.
@@ -49,7 +50,7 @@ def gains_table(results: Path) -> str:
                     raise SystemExit(f"{name}/{evaluation} and base/{evaluation} are of different tasks")
             cells |= _cells(evaluation, untouched, runs, is_base=name == "base")
         rows.append(cells)
-    return markdown(rows)
+    return rows
 
 
 def _cells(evaluation: str, untouched: dict, runs: list[dict], is_base: bool) -> dict[str, str]:
@@ -66,14 +67,15 @@ def _cells(evaluation: str, untouched: dict, runs: list[dict], is_base: bool) ->
         cells[title] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     if runs:
         tokens = mean(means["completion_tokens"] for run in runs for means in run.values())
-        cells[f"{evaluation} tokens"] = f"{tokens:.0f}"
+        before = mean(means["completion_tokens"] for means in untouched.values())
+        cells[f"{evaluation} tokens"] = f"{tokens:.0f}" if is_base else f"{tokens:.0f} ({tokens / before - 1:+.0%})"
     return cells
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise SystemExit("usage: python recipes/gains.py RESULTS_FOLDER")
-    print(gains_table(Path(argv[0])))
+    print(markdown(gains_rows(Path(argv[0]))))
 
 
 if __name__ == "__main__":

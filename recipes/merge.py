@@ -19,17 +19,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from trl import ModelConfig
-
 from recipes.common.arguments import parse_settings, refuse_several_processes
 from recipes.common.policy import adapter_base, adapter_sha256, check_policy, load_policy
 from recipes.common.provenance import training_commands
 from recipes.common.tables import results_table
 from recipes.default_model import DEFAULT_MODEL, HUB_ID
+
+# isort: split
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from trl import ModelConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

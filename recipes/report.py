@@ -4,7 +4,8 @@ Report: the evaluated runs as one self-contained page.
     python recipes/report.py results/
 
 Reads `results/ROW/` as `evaluate.py` writes it, one directory per run: `metrics.json` and `per_task.jsonl` of a greedy
-evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Writes
+evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Of
+`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints. Writes
 `results/report.html` and its figures as `results/pictures/*.png`, light and dark. The page has no script and fetches
 nothing. Completions are untrusted text: the template escapes everything, control and direction characters are made
 visible, and the page's content security policy forbids scripts.
@@ -27,6 +28,7 @@ from recipes.common.pictures import draw_plane, draw_training
 from recipes.common.run_directory import write_whole
 from recipes.common.runs import PUBLISHED, PUBLISHED_BASE, Run, read_runs
 from recipes.common.samples import visible
+from recipes.gains import gains_rows
 from rewards import load_tasks
 
 OUTCOMES = {  # of a completion: its mark in the grid and its meaning
@@ -171,7 +173,23 @@ def draw_pictures(runs: list[Run], folder: Path) -> dict[str, tuple[str, str]]:
     return pictures
 
 
-def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
+def read_gains(results: Path) -> dict[str, list[dict[str, str]]]:
+    """
+    Read the tables of gains over the untouched model.
+
+    Args:
+        results (`Path`):
+            The results directory.
+
+    Returns:
+        `dict[str, list[dict[str, str]]]`: The rows that [`gains_rows`](gains.py) returns, by the name of each
+        subdirectory that holds `base/EVALUATION/`.
+    """
+    folders = sorted({path.parents[2] for path in results.glob("*/base/*/metrics.json")})
+    return {folder.name: gains_rows(folder) for folder in folders}
+
+
+def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: dict[str, list[dict[str, str]]]) -> str:
     """
     Render the page.
 
@@ -180,6 +198,8 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
             The runs.
         pictures (`dict[str, tuple[str, str]]`):
             As [`draw_pictures`] returns them.
+        gains (`dict[str, list[dict[str, str]]]`):
+            As [`read_gains`] returns them.
 
     Returns:
         `str`: HTML.
@@ -197,6 +217,7 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]]) -> str:
     outcomes = {run.name: {task: outcome(sample) for task, sample in run.samples.items()} for run in runs}
     return environment.get_template("report.html").render(
         runs=runs,
+        gains=gains,
         task_ids=task_ids,
         prompts=read_prompts(runs),
         outcomes=outcomes,
@@ -234,7 +255,7 @@ def main(argv: list[str]) -> None:
     results = Path(argv[0])
     runs = read_runs(results)
     pictures = draw_pictures(runs, results / "pictures")
-    write_whole(results / "report.html", render_page(runs, pictures))
+    write_whole(results / "report.html", render_page(runs, pictures, read_gains(results)))
     print(f"{results / 'report.html'}: {len(runs)} runs")
 
 

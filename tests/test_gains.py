@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.evaluate import summarize
-from recipes.gains import gains_table
+from recipes.gains import gains_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,19 +30,19 @@ def test_seeds_are_pooled_and_gains_are_paired(tmp_path):
     write(tmp_path / "base" / "mbpp", [True, False, False, False], 100, passed_plus=False)
     for seed in ("", "_seed43"):
         write(tmp_path / f"reinforce{seed}" / "mbpp", [True, True, True, True], 60, passed_plus=False)
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in gains_table(tmp_path).splitlines()]
-    assert table[0] == ["row", "seeds", "mbpp", "mbpp plus", "mbpp tokens"]
-    assert table[2] == ["base", "1", "25.0%", "0.0%", "100"]
-    assert table[3] == ["reinforce", "2", "+75.0 [+25.0, +100.0]", "+0.0 [+0.0, +0.0]", "60"]
+    base, reinforce = gains_rows(tmp_path)
+    assert [*base] == [*reinforce] == ["row", "seeds", "mbpp", "mbpp plus", "mbpp tokens"]
+    assert [*base.values()] == ["base", "1", "25.0%", "0.0%", "100"]
+    assert [*reinforce.values()] == ["reinforce", "2", "+75.0 [+25.0, +100.0]", "+0.0 [+0.0, +0.0]", "60 (-40%)"]
 
 
 def test_rows_of_other_tasks_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no evaluation of the untouched model"):
-        gains_table(tmp_path)
+        gains_rows(tmp_path)
     write(tmp_path / "base" / "mbpp", [True, False], 100)
     write(tmp_path / "sft" / "mbpp", [True], 100)
     with pytest.raises(SystemExit, match="sft/mbpp and base/mbpp are of different tasks"):
-        gains_table(tmp_path)
+        gains_rows(tmp_path)
 
 
 def test_every_row_of_the_makefile_has_a_recipe(tmp_path):

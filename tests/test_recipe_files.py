@@ -11,12 +11,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from recipes.check_tasks import CheckArguments
 from recipes.common.arguments import parse_settings
 from recipes.common.policy_gradient import RLArguments, fill_rollout, in_pass_rate
 from recipes.common.provenance import training_commands
 from recipes.common.run_directory import RunDirectory
 from recipes.dpo import PairArguments
 from recipes.evaluate import EvaluateArguments
+from recipes.merge import MergeArguments
 from recipes.preferences import PreferencesArguments
 from recipes.sft import SFTArguments
 from rewards import load_tasks
@@ -24,13 +26,15 @@ from trainers import PPOClipConfig, ReinforceConfig
 
 ROOT = Path(__file__).parent.parent
 
-STAGES = {
+STAGES = {  # what a stage parses, by the first word of its script's and its recipes' names
+    "check": (CheckArguments, ModelConfig),
     "sft": (SFTArguments, SFTConfig, ModelConfig),
     "reinforce": (RLArguments, ReinforceConfig, ModelConfig),
     "ppo": (RLArguments, PPOClipConfig, ModelConfig),
     "preferences": (PreferencesArguments, ModelConfig),
     "dpo": (PairArguments, DPOConfig, ModelConfig),
     "evaluate": (EvaluateArguments, ModelConfig),
+    "merge": (MergeArguments,),
 }
 
 

@@ -129,7 +129,10 @@ def test_optional_files_may_be_missing(tmp_path):
     log[2] |= {"eval_reward": 0.5}
     (tmp_path / "sft" / "training.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     (tmp_path / "odd" / "training.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "train_runtime": 3.0}\n')
+    write_run(tmp_path / "chat" / "base" / "mbpp", ["a", "b"], [True, False])
+    write_run(tmp_path / "chat" / "dpo" / "mbpp", ["a", "b"], [True, True])
     _, page = make_report(tmp_path)
+    assert "chat: gains over the untouched model" in page.text and "+50.0 [+0.0, +100.0]" in page.text
     assert "62.5" in page.text and "10 samples per task at temperature 0.2" in page.text
     assert "sft with 2 seeds: 2, 3 passed" in page.text.replace("\n", " ")
     assert "Its training took 3 s from its last start." in page.text
