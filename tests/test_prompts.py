@@ -274,3 +274,11 @@ def test_stages_in_chat_format(tmp_path, chat_folder, chat_tokenizer, monkeypatc
         )
     run(monkeypatch, dpo, config, preferences=tmp_path / "pairs", output_dir=tmp_path / "dpo")
     assert (tmp_path / "dpo" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "lengths, batches",
+    [([5, 3, 4, 9, 2], [[4, 1], [2, 0], [3]]), ([2, 8, 9], [[0, 1], [2]]), ([2, 9, 1400], [[0], [1], [2]]), ([], [])],
+)
+def test_batches_hold_prompts_of_similar_length(lengths, batches):
+    assert [*sampling.similar_lengths(lengths, batch_size=2)] == batches

@@ -11,6 +11,7 @@ from recipes import evaluate, report
 from recipes.common.intervals import bootstrap_interval, mcnemar_p, paired_gain
 from recipes.common.pictures import _spread
 from recipes.common.provenance import machine
+from recipes.common.tables import evaluation_names
 from recipes.evaluate import summarize
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,20 @@ def test_compared_rows_are_drawn(tmp_path, monkeypatch, capsys):
     evaluate.main()
     assert "+50.0 [+0.0, +100.0]" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "results, names",
+    [
+        (["a/base"], ["base"]),
+        (["a/base", "a/dpo"], ["base", "dpo"]),
+        (["a/base/mbpp", "a/dpo/mbpp"], ["base", "dpo"]),
+        (["a/base", "b/dpo", "b/base"], ["a/base", "b/dpo", "b/base"]),
+        (["a/base", "a/base"], ["a/base", "a/base"]),
+    ],
+)
+def test_evaluations_are_named_by_what_differs(results, names):
+    assert evaluation_names(results) == names
 
 
 def test_names_in_the_picture_do_not_overlap():

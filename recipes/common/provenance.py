@@ -15,7 +15,18 @@ import torch
 
 # What the report needs of a trainer's log. Names that begin with `eval_` are those of the evaluation during training.
 LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "clip_ratio/region_mean")
-LOGGED += ("rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
+LOGGED += (
+    "frac_mixed_groups",
+    "completions/clipped_ratio",
+    "ratio/min",
+    "ratio/max",
+    "rewards/margins",
+    "rewards/accuracies",
+    "mean_token_accuracy",
+    "entropy",
+    "grad_norm",
+    "learning_rate",
+)
 LOGGED += ("step_time", "train_runtime")
 
 

@@ -4,6 +4,7 @@ Sample completions of tasks, for evaluation and for preference pairs.
 Not covered: several processes, and vLLM.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +16,9 @@ from trl import ModelConfig
 from recipes.common.policy import load_policy
 from recipes.common.prompts import prompt_token_ids
 from trainers import decode_completions, generate_completions, run_device
+
+# How many times as long as a batch's shortest prompt its longest may be
+MAX_STRETCH = 4
 
 
 def load_sampler(model_args: ModelConfig, adapter: str | None) -> PreTrainedModel | PeftModel:
@@ -67,11 +71,8 @@ def complete(
     prompt_ids = prompt_token_ids(tokenizer, tasks["prompt"][:])
     prompt_ids = [ids for ids in prompt_ids for _ in range(args.num_generations)]
     completion_ids: list[list[int]] = [[] for _ in prompt_ids]
-    # Batches of prompts of similar length need less padding
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    start = bar.n
-    for first in range(0, len(order), args.per_device_eval_batch_size):
-        rows = order[first : first + args.per_device_eval_batch_size]
+    end = bar.n
+    for rows in similar_lengths([*map(len, prompt_ids)], args.per_device_eval_batch_size):
         batch = generate_completions(
             model,
             [prompt_ids[row] for row in rows],
@@ -81,7 +82,8 @@ def complete(
             top_p=args.top_p,
             on_token=bar.update,
         )
-        bar.update(start + first + len(rows) - bar.n)  # those cut off at the length limit
+        end += len(rows)
+        bar.update(end - bar.n)  # those cut off at the length limit
         for row, ids in zip(rows, batch, strict=True):
             completion_ids[row] = ids
     completions = decode_completions(tokenizer, prompt_ids, completion_ids)
@@ -89,3 +91,27 @@ def complete(
         {"task_id": tasks[i // args.num_generations]["task_id"], "completion": text, "completion_ids": ids}
         for i, (text, ids) in enumerate(zip(completions, completion_ids, strict=True))
     ]
+
+
+def similar_lengths(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """
+    Form batches of prompts of similar length, which need little padding.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each prompt.
+        batch_size (`int`):
+            Largest number of prompts in a batch.
+
+    Yields:
+        `list[int]`: Indices of a batch's prompts, short ones first. None is more than [`MAX_STRETCH`] times as long as
+        the batch's shortest: one prompt of 1,400 tokens would make 127 others as long.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or lengths[i] > MAX_STRETCH * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

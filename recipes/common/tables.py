@@ -42,12 +42,14 @@ def evaluation_names(results: list[str]) -> list[str]:
             Result directories.
 
     Returns:
-        `list[str]`: The last part of each path, or the last two where that is the same for several, as of ROW/sampled.
+        `list[str]`: The last part of each path in which they differ: `["base", "dpo"]` of `base/mbpp` and `dpo/mbpp`.
+        The last two parts where that is the same for several.
     """
-    names = [Path(folder).resolve().name for folder in results]
-    if len({*names}) < len(names):
-        names = ["/".join(Path(folder).resolve().parts[-2:]) for folder in results]
-    return names
+    parts = [Path(folder).resolve().parts for folder in results]
+    while len({*parts}) > 1 and len({path[-1] for path in parts}) == 1:
+        parts = [path[:-1] for path in parts]
+    names = [path[-1] for path in parts]
+    return names if len({*names}) == len(names) else ["/".join(path[-2:]) for path in parts]
 
 
 def task_means(folder: str) -> dict[str, dict[str, float]]:
