@@ -236,10 +236,12 @@ def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: d
 
     strict = [program(sample) for sample in samples]
     truncated = [program(sample, cut=True) for sample in samples]
+    distinct = list(dict.fromkeys(strict + truncated))  # in chat both are the same
     with Sandbox(timeout=timeout) as sandbox:
-        verdicts = sandbox.run(strict + truncated)
-    for sample, verdict, cut in zip(samples, verdicts, verdicts[len(samples) :], strict=False):
-        sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": cut.passed}
+        verdicts = dict(zip(distinct, sandbox.run(distinct), strict=True))
+    for sample, one, cut in zip(samples, strict, truncated, strict=True):
+        verdict = verdicts[one]
+        sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": verdicts[cut].passed}
     if not extra_tests:
         return
     plus = [program(sample, tests=extra_tests[sample["task_id"]]) for sample in samples]

@@ -89,6 +89,11 @@ def die_with_parent() -> None:
 
 def adopt_orphans() -> None:
     """Make this process the parent of its descendants' orphans."""
+    with contextlib.suppress(OSError):  # gVisor has no subreapers, but pid namespaces, whose end is that of all orphans
+        _become_subreaper()
+
+
+def _become_subreaper():
     if LINUX:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
 

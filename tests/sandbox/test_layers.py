@@ -75,6 +75,12 @@ def test_either_layer_alone_keeps_files_away(function, feature):
     assert strict.startswith("the cage is incomplete here") and f"{feature} (missing: switched off)" in strict
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has subreapers")
+def test_it_starts_where_no_process_can_adopt_orphans():
+    *_, tried, wrong = cage_of_a_copy(["exit"], "_become_subreaper")
+    assert tried == len([name for name in ESCAPES if name.startswith("exit")]) > 0 and not wrong
+
+
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_has_the_same_cage():
     python = next(filter(an_ordinary_user_can_start, (PYTHON, "/usr/bin/python3")), None)
