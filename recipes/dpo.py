@@ -185,6 +185,7 @@ def main() -> None:
     trainer.save_state()  # before the adapter: where there is an adapter there is its log
     trainer.save_model()
     run.finish()
+    trainer.accelerator.end_training()  # ends the process group, whose threads can abort at exit
 
 
 if __name__ == "__main__":

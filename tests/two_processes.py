@@ -181,3 +181,5 @@ if __name__ == "__main__":
         outcome["gradient"] = gradient_of_one_process(trainer)
         save_file(merged, output_dir / f"merged_{RANK}.safetensors")
     (output_dir / f"outcome_{RANK}.json").write_text(json.dumps(outcome))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # a thread of gloo that still runs can end a process by SIGABRT
