@@ -170,7 +170,7 @@ def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
     unjudged = [task_id for task_id, found in findings.items() if found == [NOT_JUDGED]]
     for task_id in unjudged[:3]:
         of_task = verdicts[task_id][True] + verdicts[task_id][False]
-        print(f"{task_id} cannot be judged: {next(one.detail for one in of_task if one.status == 'invalid')}")
+        print(f"{task_id} {NOT_JUDGED}: {next(one.detail for one in of_task if one.status == 'invalid')}")
     return findings
 
 

@@ -182,10 +182,7 @@ def main() -> None:
         use_fast_log_probs(model, args.device)
     print_progress_lines(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()  # before the adapter: where there is an adapter there is its log
-    trainer.save_model()
-    run.finish()
-    trainer.accelerator.end_training()  # ends the process group, whose threads can abort at exit
+    run.save(trainer)
 
 
 if __name__ == "__main__":

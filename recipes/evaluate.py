@@ -53,7 +53,7 @@ from recipes.common.samples import read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
 from recipes.common.tables import evaluation_names, print_table, read_metrics
 from rewards import task_program, truncate_completion
-from sandbox import MAX_TIMEOUT, Sandbox
+from sandbox import MAX_TIMEOUT, Program, Sandbox, Verdict
 from trainers import run_device
 
 PLUS_TIMEOUT_FACTOR = 4  # those of HumanEval/139 in HumanEval+ take a right solution 7.6 s
@@ -236,20 +236,24 @@ def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: d
 
     strict = [program(sample) for sample in samples]
     truncated = [program(sample, cut=True) for sample in samples]
-    distinct = list(dict.fromkeys(strict + truncated))  # in chat both are the same
-    with Sandbox(timeout=timeout) as sandbox:
-        verdicts = dict(zip(distinct, sandbox.run(distinct), strict=True))
+    verdicts = _run_distinct(strict + truncated, timeout)
     for sample, one, cut in zip(samples, strict, truncated, strict=True):
         verdict = verdicts[one]
         sample |= {"verdict": verdict.status, "passed": verdict.passed, "passed_truncated": verdicts[cut].passed}
     if not extra_tests:
         return
     plus = [program(sample, tests=extra_tests[sample["task_id"]]) for sample in samples]
-    with Sandbox(timeout=PLUS_TIMEOUT_FACTOR * timeout) as sandbox:
-        wanted = list(dict.fromkeys(one for one, sample in zip(plus, samples, strict=True) if sample["passed"]))
-        right = {one for one, verdict in zip(wanted, sandbox.run(wanted), strict=True) if verdict.passed}
+    wanted = [one for one, sample in zip(plus, samples, strict=True) if sample["passed"]]
+    verdicts = _run_distinct(wanted, PLUS_TIMEOUT_FACTOR * timeout)
     for sample, one in zip(samples, plus, strict=True):
-        sample["passed_plus"] = one in right
+        sample["passed_plus"] = one in verdicts and verdicts[one].passed
+
+
+def _run_distinct(programs: list[Program], timeout: float) -> dict[Program, Verdict]:
+    """Run each program once, however often it occurs: samples repeat, and in chat no completion is truncated."""
+    distinct = list(dict.fromkeys(programs))
+    with Sandbox(timeout=timeout) as sandbox:
+        return dict(zip(distinct, sandbox.run(distinct), strict=True))
 
 
 def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict:

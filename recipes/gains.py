@@ -67,8 +67,8 @@ def _cells(evaluation: str, untouched: dict, runs: list[dict], is_base: bool) ->
         cells[title] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     if runs:
         tokens = mean(means["completion_tokens"] for run in runs for means in run.values())
-        before = mean(means["completion_tokens"] for means in untouched.values())
-        cells[f"{evaluation} tokens"] = f"{tokens:.0f}" if is_base else f"{tokens:.0f} ({tokens / before - 1:+.0%})"
+        of_base = mean(means["completion_tokens"] for means in untouched.values())
+        cells[f"{evaluation} tokens"] = f"{tokens:.0f}" if is_base else f"{tokens:.0f} ({tokens / of_base - 1:+.0%})"
     return cells
 
 

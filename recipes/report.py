@@ -5,10 +5,10 @@ Report: the evaluated runs as one self-contained page.
 
 Reads `results/ROW/` as `evaluate.py` writes it, one directory per run: `metrics.json` and `per_task.jsonl` of a greedy
 evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Of
-`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints. Writes
-`results/report.html` and its figures as `results/pictures/*.png`, light and dark. The page has no script and fetches
-nothing. Completions are untrusted text: the template escapes everything, control and direction characters are made
-visible, and the page's content security policy forbids scripts.
+`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints. Writes `results/report.html` and its figures as
+`results/pictures/*.png`, light and dark. The page has no script and fetches nothing. Completions are untrusted text:
+the template escapes everything, control and direction characters are made visible, and the page's content security
+policy forbids scripts.
 
 Not covered: the texts of the sampled completions, which stay in `sampled/per_task.jsonl`.
 """

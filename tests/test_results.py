@@ -31,9 +31,10 @@ def disagreements(results):
         for number, value in summarize(samples, metrics["num_tasks"], settings["num_generations"]).items():
             if metrics[number] != (value if isinstance(value, str) else pytest.approx(value, rel=1e-9)):
                 found.append(f"{name}: {number} is {metrics[number]}, computed again {value}")
-        if "mbpp" in settings["dataset_name"] and "MBPP" not in os.environ:
+        source = os.environ.get("MBPP") if "mbpp" in settings["dataset_name"] else settings["dataset_name"]
+        if source is None:
             continue
-        tasks = load_tasks(os.environ["MBPP"] if "mbpp" in settings["dataset_name"] else "humaneval", "all")
+        tasks = load_tasks(source, "all")
         if metrics.get("prompt_format") == "chat":
             tasks = as_chat(tasks, settings["chat_instruction"], settings["system_message"])
         tasks = {task["task_id"]: task for task in tasks}

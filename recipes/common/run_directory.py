@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import Trainer
 
 from trainers.checkpoints import shared_checkpoint
 
@@ -99,6 +100,19 @@ class RunDirectory:
             ) from None
         except OSError:
             pass  # a file system without locks
+
+    def save(self, trainer: Trainer) -> None:
+        """
+        Save a finished training, record that the run has finished, and end the process group.
+
+        Args:
+            trainer ([`~transformers.Trainer`]):
+                The trainer.
+        """
+        trainer.save_state()  # before the adapter: where there is an adapter there is its log
+        trainer.save_model()
+        self.finish()
+        trainer.accelerator.end_training()  # a thread of gloo that still runs can end a process by SIGABRT
 
     def finish(self) -> None:
         """Record that the run has finished."""
