@@ -34,8 +34,8 @@ PRELOADED = (
 ).split()
 # Loaded together with numpy, which would import them later, when a solution first uses them.
 NUMPY = (
-    "numpy numpy.char numpy.ctypeslib numpy.fft numpy.lib.recfunctions numpy.linalg numpy.ma numpy.polynomial"
-    " numpy.random numpy.rec numpy.typing"
+    "numpy numpy.char numpy.core numpy.ctypeslib numpy.f2py numpy.fft numpy.lib.recfunctions numpy.linalg numpy.ma"
+    " numpy.polynomial numpy.random numpy.rec numpy.strings numpy.testing numpy.typing"
 ).split()
 
 

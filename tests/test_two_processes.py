@@ -21,9 +21,10 @@ ROOT = Path(__file__).parent.parent
 def launch(launcher, task, folder, output_dir, *arguments, **environment):
     """Run two_processes.py as two processes and return what each of them reports."""
     output_dir.mkdir()
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     launched = subprocess.run(
         [sys.executable, "-m", *launcher, ROOT / "tests" / "two_processes.py", task, folder, output_dir, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
     )

@@ -95,7 +95,7 @@ def use_fast_log_probs(model: torch.nn.Module, device: torch.device, temperature
 
     On a CPU that is an LM head of its own (`cpu/log_probs.py`). On an accelerator it is TRL's, without PEFT's cast of
     the activations to fp32 around an fp32 adapter: autocast brings them back to 16 bits for the adapter's products, and
-    keeps that second copy for the backward. On CUDA, cuDNN's attention is switched off for the whole process.
+    keeps that second copy for the backward. It also calls [`avoid_cudnn_attention`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -105,11 +105,9 @@ def use_fast_log_probs(model: torch.nn.Module, device: torch.device, temperature
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits, on a CPU. TRL's head has its own.
     """
+    avoid_cudnn_attention()
     if device.type == "cpu":
         return add_packed_lm_head(model, temperature)
-    if device.type == "cuda":
-        # torch prefers it on Hopper, where its gradients under a mask can be NaN (PyTorch issue 196678, TRL issue 7181)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     base = base_model(model)
     trl_forward = base.forward
 
@@ -119,6 +117,15 @@ def use_fast_log_probs(model: torch.nn.Module, device: torch.device, temperature
             return trl_forward(*args, **kwargs)
 
     base.forward = types.MethodType(forward, base)
+
+
+def avoid_cudnn_attention() -> None:
+    """
+    Switch off cuDNN's attention for the whole process.
+
+    torch prefers it on Hopper, where its gradients under a mask can be NaN (PyTorch issue 196678, TRL issue 7181).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fast_linears(model: PreTrainedModel, num_rows: int) -> AbstractContextManager:

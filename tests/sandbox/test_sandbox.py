@@ -96,6 +96,10 @@ def test_the_imports_of_solutions_work(sandbox):
     assert statuses(sandbox, Program(source, "assert f(3) == 4", "f")) == ["passed"]
     pytest.importorskip("numpy")
     assert statuses(sandbox, *[Program(numpy, "assert f(3) == 4", "f"), GOOD] * 3) == ["passed"] * 6
+    # All of numpy is loaded beforehand: an environment under /tmp, which solutions see as empty, could not be read
+    star = "import sys\nbefore = set(sys.modules)\nfrom numpy import *\n"
+    star += "f = lambda x: sorted(name for name in set(sys.modules) - before if name.startswith('numpy'))"
+    assert statuses(sandbox, Program(star, "assert f(3) == []", "f")) == ["passed"]
 
 
 def test_threads_may_share_a_sandbox(sandbox):
