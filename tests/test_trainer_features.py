@@ -254,8 +254,9 @@ def test_groups_that_all_pass_or_all_fail_are_noticed_under_a_length_penalty(tmp
 @pytest.mark.parametrize(
     "log_history, message",
     [
-        ([{"entropy": 0.15}, {"entropy": 0.08}], None),
-        ([{"entropy": 0.15}, {"entropy": 0.07}], "entropy fell from 0.15 to 0.07"),
+        ([{"entropy": value} for value in [0.15] * 5 + [0.09] * 4 + [0.03]], None),
+        ([{"entropy": value} for value in [0.16] * 5 + [0.07] * 5], "entropy fell from 0.16 to 0.07 (means of 5"),
+        ([{"entropy": value} for value in [0.16] * 4 + [0.07] * 5], None),
         ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.31}], None),
         ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.29}], "fell from 45.0% to 29.0%"),
         ([{"loss": 1.0}], None),

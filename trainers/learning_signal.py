@@ -2,8 +2,10 @@
 
 import logging
 from collections import deque
+from statistics import mean
 
 NUM_ROLLOUTS = 5  # in a row, before a warning
+NUM_ENTROPIES = 5  # in a mean: one step's entropy may be half of another's by chance
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +64,16 @@ def collapse(log_history: list[dict]) -> str | None:
             The trainer's log, `trainer.state.log_history`.
 
     Returns:
-        `str` or `None`: What has happened and what to change, if the latest entropy is below half of the run's first or
-        the latest `eval_pass_rate` is below two thirds of the run's best.
+        `str` or `None`: What has happened and what to change, if the mean of the latest five entropies is below half of
+        that of the run's first five, or the latest `eval_pass_rate` is below two thirds of the run's best.
     """
     entropies = [entry["entropy"] for entry in log_history if "entropy" in entry]
+    first, latest = entropies[:NUM_ENTROPIES], entropies[-NUM_ENTROPIES:]
     pass_rates = [entry["eval_pass_rate"] for entry in log_history if "eval_pass_rate" in entry]
     if pass_rates and pass_rates[-1] < 2 / 3 * max(pass_rates):
         what = f"the validation pass rate fell from {max(pass_rates):.1%} to {pass_rates[-1]:.1%}"
-    elif entropies and entropies[-1] < entropies[0] / 2:
-        what = f"the policy's entropy fell from {entropies[0]:.3g} to {entropies[-1]:.3g}"
+    elif len(entropies) >= 2 * NUM_ENTROPIES and mean(latest) < mean(first) / 2:
+        what = f"the policy's entropy fell from {mean(first):.3g} to {mean(latest):.3g} (means of {NUM_ENTROPIES})"
     else:
         return None
     return (
