@@ -126,6 +126,7 @@ def draw_plane(runs: list, published: dict, published_base: str, theme: str) -> 
             ha="right",
             va="center",
             parse_math=False,
+            bbox={"facecolor": colours["paper"], "edgecolor": "none", "pad": 1},  # the base's line does not cross it
             arrowprops={"arrowstyle": "-", "color": _style(run.name, theme)[1], "linewidth": 0.8, "shrinkB": 4}
             | {"relpos": (1, 0.5)},  # from the middle of the name's right edge
         )
