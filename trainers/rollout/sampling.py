@@ -67,17 +67,17 @@ def _in_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     least = torch.zeros_like(bits[:, :1])
     mass_above = torch.zeros_like(mass[:, :1])  # of tokens likelier than all that `least` may still become
     for shift in (20, 10, 0):
-        counted = mass.masked_fill(bits >> shift + 10 != least >> shift + 10, 0)
-        digits = (bits >> shift & 0x3FF).long()
-        histogram = mass.new_zeros(len(mass), 1 << 10).scatter_add_(1, digits, counted)
+        is_other = bits >> shift + 10 != least >> shift + 10
+        histogram = mass.new_zeros(len(mass), 1 << 10)
+        histogram.scatter_add_(1, (bits >> shift & 0x3FF).long(), mass.masked_fill(is_other, 0))
         mass_from = mass_above + histogram.flip(1).cumsum(1).flip(1)
         digit = ((mass_from >= needed).sum(1, keepdim=True) - 1).clamp(min=0)
         mass_above = mass_from.gather(1, digit) - histogram.gather(1, digit)
         least = least | digit.int() << shift
     is_above, is_least = bits > least, bits == least
     # Of tokens that are equally likely, the first ones, until the mass is reached
-    mass_before = mass_above + (is_least.cumsum(-1) - 1) * mass.masked_fill(~is_least, 0)
-    return is_above | is_least & (mass_before < needed)
+    mass_of_least = (least.view(torch.float32).double() * MASS_OF_ONE).long()
+    return is_above | is_least & ((is_least.cumsum(-1) - 1) * mass_of_least < needed - mass_above)
 
 
 def _draw(weights: torch.Tensor) -> torch.Tensor:
