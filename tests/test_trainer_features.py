@@ -252,22 +252,34 @@ def test_groups_that_all_pass_or_all_fail_are_noticed_under_a_length_penalty(tmp
 
 
 @pytest.mark.parametrize(
-    "log_history, message",
+    "log_history, messages",
     [
-        ([{"entropy": value} for value in [0.15] * 5 + [0.09] * 4 + [0.03]], None),
-        ([{"entropy": value} for value in [0.16] * 5 + [0.07] * 5], "entropy fell from 0.16 to 0.07 (means of 5"),
-        ([{"entropy": value} for value in [0.16] * 4 + [0.07] * 5], None),
-        ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.31}], None),
-        ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.29}], "fell from 45.0% to 29.0%"),
-        ([{"loss": 1.0}], None),
+        ([{"entropy": value} for value in [0.15] * 5 + [0.09] * 4 + [0.03]], {}),
+        (
+            [{"entropy": value} for value in [0.16] * 5 + [0.07] * 5],
+            {"entropy": "entropy fell from 0.16 to 0.07 (means of 5"},
+        ),
+        ([{"entropy": value} for value in [0.16] * 4 + [0.07] * 5], {}),
+        ([{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.31}], {}),
+        (
+            [{"eval_pass_rate": 0.3}, {"eval_pass_rate": 0.45}, {"eval_pass_rate": 0.29}],
+            {"eval_pass_rate": "fell from 45.0% to 29.0%"},
+        ),
+        ([{"loss": 1.0}], {}),
     ],
 )
-def test_a_collapse_is_seen_in_the_log(log_history, message):
-    warning = collapse(log_history)
-    assert warning is None if message is None else message in warning
+def test_a_collapse_is_seen_in_the_log(log_history, messages):
+    warnings = collapse(log_history)
+    assert warnings.keys() == messages.keys()
+    assert all(message in warnings[metric] for metric, message in messages.items())
 
 
-def test_a_collapsing_run_warns_once(tmp_path, tiny_model, caplog):
+class HighEntropiesAtFirst(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.log_history += [{"entropy": value} for value in [100.0] * 5 + [0.1] * 5]
+
+
+def test_a_collapsing_run_warns_once_of_each_metric(tmp_path, tiny_model, caplog):
     rates = iter([0.9, 0.5, 0.4])
 
     def reward(completions, log_metric, **kwargs):
@@ -277,9 +289,12 @@ def test_a_collapsing_run_warns_once(tmp_path, tiny_model, caplog):
 
     evaluated = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
     settings = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
-    build(ReinforceTrainer, tiny_model, tmp_path, reward, trainer_args=evaluated, **settings).train()
+    trainer = build(ReinforceTrainer, tiny_model, tmp_path, reward, trainer_args=evaluated, **settings)
+    trainer.add_callback(HighEntropiesAtFirst())
+    trainer.train()
     warnings = [record.message for record in caplog.records if "collapsing" in record.message]
-    assert len(warnings) == 1 and "fell from 90.0% to 50.0%" in warnings[0] and "learning_rate" in warnings[0]
+    assert len(warnings) == 2 and "entropy fell from 100" in warnings[0] and "from 90.0% to 50.0%" in warnings[1]
+    assert all("learning_rate" in warning for warning in warnings)
 
 
 def test_a_run_with_signal_does_not_warn(tmp_path, tiny_model, caplog):

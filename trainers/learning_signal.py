@@ -55,7 +55,7 @@ class SignalWatch:
         )
 
 
-def collapse(log_history: list[dict]) -> str | None:
+def collapse(log_history: list[dict]) -> dict[str, str]:
     """
     Look for a collapse in a run's log. The training pass rate may look normal while it happens.
 
@@ -64,19 +64,24 @@ def collapse(log_history: list[dict]) -> str | None:
             The trainer's log, `trainer.state.log_history`.
 
     Returns:
-        `str` or `None`: What has happened and what to change, if the mean of the latest five entropies is below half of
-        that of the run's first five, or the latest `eval_pass_rate` is below two thirds of the run's best.
+        `dict[str, str]`: By metric, what has happened and what to do: `eval_pass_rate` if its latest value is below two
+        thirds of the run's best, `entropy` if the mean of the latest five values is below half of that of the run's
+        first five. Entropy falls in runs that learn well, too.
     """
-    entropies = [entry["entropy"] for entry in log_history if "entropy" in entry]
-    first, latest = entropies[:NUM_ENTROPIES], entropies[-NUM_ENTROPIES:]
+    warnings = {}
     pass_rates = [entry["eval_pass_rate"] for entry in log_history if "eval_pass_rate" in entry]
     if pass_rates and pass_rates[-1] < 2 / 3 * max(pass_rates):
-        what = f"the validation pass rate fell from {max(pass_rates):.1%} to {pass_rates[-1]:.1%}"
-    elif len(entropies) >= 2 * NUM_ENTROPIES and mean(latest) < mean(first) / 2:
-        what = f"the policy's entropy fell from {mean(first):.3g} to {mean(latest):.3g} (means of {NUM_ENTROPIES})"
-    else:
-        return None
-    return (
-        f"the policy may be collapsing: {what}. Lower learning_rate, set beta above 0, or stop earlier; "
-        "load_best_model_at_end with metric_for_best_model: eval_pass_rate keeps the best checkpoint"
-    )
+        warnings["eval_pass_rate"] = (
+            f"the policy may be collapsing: the validation pass rate fell from {max(pass_rates):.1%} to "
+            f"{pass_rates[-1]:.1%}. Lower learning_rate, set beta above 0, or stop earlier; load_best_model_at_end "
+            "with metric_for_best_model: eval_pass_rate keeps the best checkpoint"
+        )
+    entropies = [entry["entropy"] for entry in log_history if "entropy" in entry]
+    first, latest = entropies[:NUM_ENTROPIES], entropies[-NUM_ENTROPIES:]
+    if len(entropies) >= 2 * NUM_ENTROPIES and mean(latest) < mean(first) / 2:
+        warnings["entropy"] = (
+            f"the policy's entropy fell from {mean(first):.3g} to {mean(latest):.3g} (means of {NUM_ENTROPIES}): it "
+            "has become surer of its programs, or it may be collapsing. The validation pass rate tells which "
+            "(eval_strategy: steps). If it falls, lower learning_rate, set beta above 0, or stop earlier"
+        )
+    return warnings

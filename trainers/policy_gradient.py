@@ -82,7 +82,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         self._rollout_logps: list[torch.Tensor] | None = None  # its log-probabilities: the policy's, the reference's
         self.measured: dict[str, torch.Tensor] = {}
         self._signal_watch = SignalWatch()
-        self._has_warned_of_collapse = False
+        self._warned_of = set()  # metrics that tell of a collapse
         self._timer = PhaseTimer(self.accelerator.device)
         self._seconds_logged_at = None  # the step; a run may continue at any
 
@@ -373,10 +373,10 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         super().log(logs, start_time)
         if self.log_completions and self.accelerator.is_main_process and "train_runtime" not in logs:
             print_completions(self._logs, self.state.global_step, self.args.num_completions_to_print)
-        if not self._has_warned_of_collapse and (warning := collapse(self.state.log_history)):
-            self._has_warned_of_collapse = True
-            if self.accelerator.is_main_process:
+        for metric, warning in collapse(self.state.log_history).items():
+            if metric not in self._warned_of and self.accelerator.is_main_process:
                 logger.warning(warning)
+            self._warned_of.add(metric)
 
 
 class _StopOnBadGradient(TrainerCallback):
