@@ -6,6 +6,7 @@ A mistake is reported here, with the field and what to write, before any weights
 
 import argparse
 import difflib
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
             Command line without the program's name. Defaults to this process's.
 
     Returns:
-        `tuple`: One instance per dataclass, then a `dict` of the fields that were set and their values.
+        `tuple`: One instance per dataclass, then a `dict` of the fields that were set and their values. Where
+        `dataset_name` is a file, `dataset_sha256` is added: with other tasks it is another run.
 
     Raises:
         SystemExit: A field is unknown (the closest valid name is given), a file is missing, or a value is refused.
@@ -78,7 +80,10 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
             part._n_gpu = 1  # one process: on several GPUs Trainer would use nn.DataParallel, with a larger batch
     given = sorted({name for name in recipe if name != "env"} | set(on_line))
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    return *parsed, {name: values[name] for name in given if name in values}
+    settings = {name: values[name] for name in given if name in values}
+    if os.path.isfile(tasks := settings.get("dataset_name", "")):
+        settings["dataset_sha256"] = hashlib.sha256(Path(tasks).read_bytes()).hexdigest()
+    return *parsed, settings
 
 
 def _split_off(flag: str, argv: list[str], **kind: Any) -> tuple[Any, list[str]]:

@@ -20,7 +20,7 @@ from trainers.checkpoints import shared_checkpoint
 
 class RunDirectory:
     """
-    Output directory of one run: one stage with one set of fields.
+    Output directory of one run: one stage with one set of fields and of input files.
 
     The same command resumes an interrupted run and skips a finished one. Another command is refused, unless the first
     left nothing but its record. A run whose result was removed counts as unfinished.
@@ -31,7 +31,8 @@ class RunDirectory:
         stage (`str`):
             The stage's name.
         settings (`dict`):
-            The fields that were set, as [`parse_settings`](arguments.py) returns them.
+            The fields that were set, as [`parse_settings`](arguments.py) returns them, and `NAME_sha256` of files whose
+            content counts.
         result (`str`, *optional*, defaults to `"*.safetensors"`):
             Name or pattern of the file that a finished run leaves.
 
@@ -163,5 +164,7 @@ def _difference(found: dict, wanted: dict) -> str:
     old, new = found.get("settings", {}), wanted["settings"]
     different = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     name = min(different, key=lambda name: name.endswith("_sha256"))  # a field that somebody wrote says more
+    if name.endswith("_sha256") and name in old and name in new:
+        return f"the content of its {name.removesuffix('_sha256')} was another one"
     before, now = (repr(settings[name]) if name in settings else "none" for settings in (old, new))
     return f"with {name} {before} where this one has {now}"
