@@ -267,18 +267,21 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
     Returns:
         `list[dict]`: The pairs: `task_id`, `prompt`, and of the chosen and the rejected completion its text
         (`chosen`), token ids (`chosen_ids`), their number (`chosen_tokens`) and its reward (`chosen_reward`).
-        `dict`: The numbers of `tasks`, `samples`, `duplicates` (completions that were merged into the first of their
-        text), tasks by outcome, `pairs`, tasks `dropped` by reason, and mean tokens of both sides.
+        `dict`: The numbers of `tasks`, `samples`, `not_judged` (completions that no pair takes, as the tests could not
+        judge them), `duplicates` (completions that were merged into the first of their text), tasks by outcome,
+        `pairs`, tasks `dropped` by reason, and mean tokens of both sides.
     """
     pairs, dropped, count = [], Counter(), Counter()
     for i, task in enumerate(tasks):
         group = samples[i * args.num_generations : (i + 1) * args.num_generations]
+        judged = [sample for sample in group if sample["verdict"] != "invalid"]
+        count["not_judged"] += len(group) - len(judged)
         distinct = {}
-        for sample in group:
+        for sample in judged:
             distinct.setdefault(sample["completion"], sample)
-        count["duplicates"] += len(group) - len(distinct)
+        count["duplicates"] += len(judged) - len(distinct)
         passes = [sample["passed"] for sample in distinct.values()]
-        always = "always_pass" if all(passes) else "always_fail" if not any(passes) else "mixed"
+        always = "always_fail" if not any(passes) else "always_pass" if all(passes) else "mixed"
         count[always] += 1
         task_pairs = _pair(list(distinct.values()), args)
         count["tasks_with_pairs"] += bool(task_pairs)
@@ -298,6 +301,7 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
         "pair_rule": args.pair_rule,
         "tasks": len(tasks),
         "samples": len(samples),
+        "not_judged": count["not_judged"],
         "duplicates": count["duplicates"],
         "pass_rate": mean(sample["passed"] for sample in samples),
         "always_pass": count["always_pass"],

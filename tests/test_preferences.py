@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 def sample(text, passed, tokens, penalty=0.01):
     reward = float(passed) - penalty * tokens / 100
     return {"completion": text, "completion_ids": [3] * tokens, "completion_tokens": tokens} | {
+        "verdict": "passed" if passed else "failed",
         "passed": passed,
         "reward": reward,
     }
@@ -62,6 +63,7 @@ def test_shortest_pass_against_longest_fail():
         "pair_rule": "shortest_pass_longest_fail",
         "tasks": 3,
         "samples": 18,
+        "not_judged": 0,
         "duplicates": 9,  # c, p, r twice, s five times
         "pass_rate": 0.5,
         "always_pass": 1,
@@ -90,6 +92,16 @@ def test_reward_margin_pairs_two_that_pass():
     assert summary["always_pass"] == summary["always_fail"] == 1
     names, _, _ = paired("reward_margin", min_reward_margin=0.0101)
     assert {task for task, *_ in names} == {"mixed"}
+
+
+@pytest.mark.parametrize("rule", ["shortest_pass_longest_fail", "all_pairs", "reward_margin"])
+def test_completions_that_could_not_be_judged_are_in_no_pair(rule):
+    not_judged = sample("d", False, 50) | {"verdict": "invalid", "reward": None}
+    samples = [sample("a", True, 30), sample("b", False, 20), not_judged] + [not_judged] * 3
+    args = PreferencesArguments(num_generations=3, pair_rule=rule)
+    pairs, summary = form_pairs(samples, TASKS[:2], args)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "b")]
+    assert summary["not_judged"] == 4 and summary["always_fail"] == 1 and summary["always_pass"] == 0
 
 
 @pytest.mark.parametrize(
