@@ -57,7 +57,7 @@ def _cells(evaluation: str, untouched: dict, runs: list[dict], is_base: bool) ->
     cells = {}
     measures = {"passed": evaluation, "passed_plus": f"{evaluation} plus"}
     for measure, title in measures.items():
-        if not runs or measure not in next(iter(untouched.values())):
+        if not runs or any(measure not in next(iter(run.values())) for run in (untouched, *runs)):
             continue
         before = [untouched[task][measure] for task in untouched]
         if is_base:

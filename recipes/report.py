@@ -39,6 +39,7 @@ OUTCOMES = {  # of a completion: its mark in the grid and its meaning
     "timeout": ("T", "timeout"),
     "out_of_memory": ("M", "out of memory"),
     "crashed": ("C", "its process died"),
+    "invalid": ("?", "could not be judged"),
 }
 
 

@@ -36,6 +36,13 @@ def test_seeds_are_pooled_and_gains_are_paired(tmp_path):
     assert [*reinforce.values()] == ["reinforce", "2", "+75.0 [+25.0, +100.0]", "+0.0 [+0.0, +0.0]", "60 (-40%)"]
 
 
+def test_a_measure_that_a_row_lacks_is_left_out(tmp_path):
+    write(tmp_path / "base" / "mbpp", [True, False], 100, passed_plus=False)
+    write(tmp_path / "sft" / "mbpp", [True, True], 60)
+    base, sft = gains_rows(tmp_path)
+    assert "mbpp plus" in base and "mbpp plus" not in sft and sft["mbpp"].startswith("+50.0")
+
+
 def test_rows_of_other_tasks_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no evaluation of the untouched model"):
         gains_rows(tmp_path)

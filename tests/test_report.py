@@ -11,7 +11,7 @@ from recipes import evaluate, report
 from recipes.common.intervals import bootstrap_interval, mcnemar_p, paired_gain
 from recipes.common.pictures import _spread
 from recipes.common.provenance import machine
-from recipes.common.tables import evaluation_names
+from recipes.common.tables import evaluation_names, markdown, print_table
 from recipes.evaluate import summarize
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +150,19 @@ def test_runs_are_in_the_published_order_and_compared_in_pairs(tmp_path):
     assert len(pairs) == 6
     assert pairs["sft", "dpo"] == {"only_first": 1, "only_second": 2, "p": 1.0}
     assert pairs["sft_seed43", "zzz"] == {"only_first": 0, "only_second": 3, "p": 0.25}
+
+
+def test_completions_that_could_not_be_judged_are_shown_and_counted(tmp_path, capsys):
+    write_run(tmp_path / "sft", ["a", "b"], [False, False], verdict="invalid", passed_truncated=False)
+    _, page = make_report(tmp_path)
+    assert "could not be judged" in page.text
+    print_table([str(tmp_path / "sft")])
+    assert "sft: 2 of 2 completions could not be judged and count as failed" in capsys.readouterr().out
+
+
+def test_a_table_cuts_no_cell_and_reads_no_markup():
+    wide = "x" * 300
+    assert markdown([{"row": "a[b]c[/b]", "gain": wide}]).splitlines()[-1] == f"| a[b]c[/b] | {wide} |"
 
 
 def test_diff_has_no_header_and_names_its_lines():

@@ -8,6 +8,7 @@ from statistics import mean
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from recipes.common.intervals import paired_gain
 from recipes.common.samples import read_samples
@@ -137,18 +138,25 @@ def markdown(rows: list[dict[str, str]]) -> str:
     for title in titles:
         table.add_column(title, justify="left" if title in ("run", "row", "format") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row.get(title, "") for title in titles))
+        table.add_row(*(Text(row.get(title, "")) for title in titles))
     text = StringIO()
-    Console(file=text, width=200).print(table)
+    Console(file=text, width=10_000).print(table)  # no cell is cut
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
 def print_table(results: list[str]) -> None:
     """
-    Print finished evaluations as one table, in Markdown.
+    Print finished evaluations as one table, in Markdown, and how many completions could not be judged.
 
     Args:
         results (`list[str]`):
             Result directories.
     """
     print(results_table(results))
+    for name, folder in zip(evaluation_names(results), results, strict=True):
+        verdicts = read_metrics(folder)["verdicts"]
+        if num_invalid := verdicts.get("invalid"):
+            print(
+                f"{name}: {num_invalid} of {sum(verdicts.values())} completions could not be judged and count as "
+                "failed. recipes/check_tasks.py finds the tasks"
+            )
