@@ -29,6 +29,7 @@ from datasets import Dataset
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -102,7 +103,7 @@ def main() -> None:
     if args.output_file and Path(args.output_file).exists():
         raise SystemExit(f"output_file: {args.output_file} exists, choose another name or remove it")
     tasks = load_stage_tasks(args.dataset_name, args.dataset_train_split)
-    benchmarks = {name: load_stage_tasks(name, "test", "overlap_with") for name in args.overlap_with}
+    benchmarks = {name: _test_tasks(name) for name in args.overlap_with}
     has_policy = model_args.model_name_or_path is not None
     if not has_policy and (args.min_pass_rate > 0 or args.max_pass_rate < 1):
         raise SystemExit("min_pass_rate and max_pass_rate need a policy: set model_name_or_path")
@@ -132,6 +133,16 @@ def main() -> None:
         good = [task | {"pass_rate": rates[task["task_id"]]} if rates else task for task in good]
         write_whole(Path(args.output_file), "".join(json.dumps(task) + "\n" for task in good))
         print(f"{len(good)} of {len(tasks)} tasks are written to {args.output_file}")
+
+
+def _test_tasks(name: str) -> Dataset:
+    """The test split of a benchmark, or all tasks of a file that is one split."""
+    try:
+        return load_stage_tasks(name, "test", "overlap_with")
+    except SystemExit:
+        if not Path(name).is_file():
+            raise
+        return load_stage_tasks(name, "all", "overlap_with")
 
 
 def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
@@ -308,9 +319,9 @@ def print_findings(tasks: Dataset, findings: dict[str, list[str]]) -> None:
     counts = Counter(finding for found in findings.values() for finding in found)
     for finding, count in counts.most_common():
         ids = [task_id for task_id, found in findings.items() if finding in found]
-        table.add_row(finding, str(count), ", ".join(ids[:3]))
+        table.add_row(finding, str(count), Text(", ".join(ids[:3])))
     if without:
-        table.add_row("no reference", str(len(without)), ", ".join(without[:3]))
+        table.add_row("no reference", str(len(without)), Text(", ".join(without[:3])))
     Console(width=120).print(table)
 
 

@@ -78,6 +78,18 @@ def test_overlap_is_found_under_another_id_and_another_wording():
     assert overlaps(tasks, test_tasks) == ["Python/2"]
 
 
+def test_overlap_with_a_file_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tasks", "tests"):
+        Path(f"{name}.jsonl").write_text(json.dumps(row(f"[/{name}]", "assert candidate(1) == 2")) + "\n")
+    monkeypatch.setattr(
+        sys, "argv", ["check_tasks.py", "--dataset_name", "tasks.jsonl", "--overlap_with", "tests.jsonl"]
+    )
+    check_tasks.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"overlaps with a test task of tests.jsonl +\| +1 \| \[/tasks\]", printed), printed
+
+
 def test_command_prints_a_table_and_writes_the_fit_tasks(task_file, tmp_path, monkeypatch):
     good = tmp_path / "new" / "good.jsonl"
     command = [sys.executable, "recipes/check_tasks.py", "--dataset_name", str(task_file), "--output_file", str(good)]
