@@ -47,7 +47,7 @@ from recipes.common.pictures import draw_plane
 from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer, split_off_adapter
 from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
-from recipes.common.run_directory import RunDirectory, write_whole
+from recipes.common.run_directory import RunDirectory, file_sha256, write_whole
 from recipes.common.runs import Run
 from recipes.common.samples import read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
@@ -134,7 +134,7 @@ def main() -> None:
     if args.extra_tests and os.path.isfile(args.extra_tests):  # its directory is not part of a result
         name = os.path.basename(args.extra_tests)
         command = [name if part == args.extra_tests else part for part in command]
-        settings["extra_tests"] = name
+        settings |= {"extra_tests": name, "extra_tests_sha256": file_sha256(args.extra_tests)}
     settings.pop("samples", None)  # written of a finished evaluation too, and no part of it
     run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
     if run.finished and not args.samples:

@@ -12,7 +12,6 @@ https://huggingface.co/papers/2308.01825), the baseline that RL has to beat.
         --config recipes/qwen2.5-coder-0.5b/sft.yaml
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from recipes.common.arguments import TaskArguments, load_stage_tasks, parse_settings
 from recipes.common.policy import check_policy, load_policy, load_tokenizer
 from recipes.common.prompts import format_tasks, prompt_token_ids, reference_token_ids
-from recipes.common.run_directory import RunDirectory
+from recipes.common.run_directory import RunDirectory, file_sha256
 
 # isort: split
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from trainers import CompleteCheckpoints, keep_adapter_in_fp32, use_fast_log_probs
+from trainers import CompleteCheckpoints, decode_completions, keep_adapter_in_fp32, use_fast_log_probs
 from trainers.progress import print_progress_lines
 
 
@@ -87,7 +86,8 @@ def sampled_dataset(
         tasks ([`~datasets.Dataset`]):
             The tasks.
         samples (`list[dict]`):
-            Graded completions with `task_id`, `passed` and `completion_ids`, as the stage `preferences` writes them.
+            Graded completions with `task_id`, `passed`, `completion` and `completion_ids`, as the stage `preferences`
+            writes them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's tokenizer.
         max_length (`int`, *optional*):
@@ -97,16 +97,21 @@ def sampled_dataset(
         [`~datasets.Dataset`] with the columns of [`reference_dataset`], one row a task with a passing completion.
 
     Raises:
-        SystemExit: No completion of these tasks passes, or one is too long.
+        SystemExit: No completion of these tasks passes, one is too long, or one is of another tokenizer.
     """
     shortest = {}
     for sample in sorted((one for one in samples if one["passed"]), key=lambda one: len(one["completion_ids"])):
-        shortest.setdefault(sample["task_id"], sample["completion_ids"])
-    rows = [
-        (task["task_id"], *prompt_token_ids(tokenizer, [task["prompt"]]), shortest[task["task_id"]])
-        for task in tasks
-        if task["task_id"] in shortest
-    ]
+        shortest.setdefault(sample["task_id"], sample)
+    rows = []
+    for task in tasks.to_list():
+        if sample := shortest.get(task["task_id"]):
+            prompt_ids, ids = prompt_token_ids(tokenizer, [task["prompt"]]), sample["completion_ids"]
+            if decode_completions(tokenizer, prompt_ids, [ids]) != [sample["completion"]]:
+                raise SystemExit(
+                    f"samples: of {task['task_id']}, completion_ids are not the tokens of the completion for this "
+                    "model's tokenizer: sample a policy on the same base"
+                )
+            rows.append((task["task_id"], *prompt_ids, ids))
     if not rows:
         raise SystemExit("samples: none of their completions of these tasks passes")
     print(f"{len(rows)} of {len(tasks)} tasks have a completion that passes")
@@ -136,10 +141,10 @@ def _dataset(rows: list[tuple[str, list[int], list[int]]], max_length: int | Non
 def main() -> None:
     stage, args, model_args, settings = parse_settings(SFTArguments, SFTConfig, ModelConfig)
     samples = Path(stage.samples, "samples.jsonl") if stage.samples else None
-    if samples and not samples.is_file():
-        raise SystemExit(f"samples: there is no file {samples}: has the stage 'preferences' finished?")
+    if samples and not (samples.is_file() and samples.with_name("summary.json").is_file()):
+        raise SystemExit(f"samples: {stage.samples} holds no samples of a run of the stage 'preferences' that ended")
     if samples:
-        settings["samples_sha256"] = hashlib.sha256(samples.read_bytes()).hexdigest()
+        settings["samples_sha256"] = file_sha256(samples)
     run = RunDirectory(args.output_dir, "sft", settings)
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from recipes import sft
 from recipes.common.prompts import prompt_token_ids
+from trainers import decode_completions
 
 TASKS = [
     {
@@ -30,20 +31,33 @@ SAMPLES = [
 ]
 
 
-def test_the_shortest_passing_completion_of_each_task_is_taught(tiny_tokenizer, capsys):
+@pytest.fixture
+def samples(tiny_tokenizer):
+    """Samples with the text of their tokens. All prompts are alike."""
+    (prompt_ids,) = prompt_token_ids(tiny_tokenizer, [TASKS[0]["prompt"]])
+    return [
+        sample | {"completion": decode_completions(tiny_tokenizer, [prompt_ids], [sample["completion_ids"]])[0]}
+        for sample in SAMPLES
+    ]
+
+
+def test_the_shortest_passing_completion_of_each_task_is_taught(tiny_tokenizer, samples, capsys):
     tasks = Dataset.from_list(TASKS)
-    dataset = sft.sampled_dataset(tasks, SAMPLES, tiny_tokenizer, None)
+    dataset = sft.sampled_dataset(tasks, samples, tiny_tokenizer, None)
     prompts = prompt_token_ids(tiny_tokenizer, tasks["prompt"][:])
     assert dataset["input_ids"][:] == [[*prompts[0], 9, 8, 1], [*prompts[2], 6, 1]]
     assert dataset["completion_mask"][:] == [[0] * len(prompts[0]) + [1] * 3, [0] * len(prompts[2]) + [1] * 2]
     assert "2 of 3 tasks have a completion that passes" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="samples: none of their completions of these tasks passes"):
-        sft.sampled_dataset(tasks, SAMPLES[2:4], tiny_tokenizer, None)
+        sft.sampled_dataset(tasks, samples[2:4], tiny_tokenizer, None)
     with pytest.raises(SystemExit, match="max_length is 5, and add/0 has"):
-        sft.sampled_dataset(tasks, SAMPLES, tiny_tokenizer, 5)
+        sft.sampled_dataset(tasks, samples, tiny_tokenizer, 5)
+    samples[1]["completion_ids"] = [9, 1]
+    with pytest.raises(SystemExit, match="samples: of add/0, completion_ids are not the tokens of the completion"):
+        sft.sampled_dataset(tasks, samples, tiny_tokenizer, None)
 
 
-def test_the_stage_trains_on_samples_and_tells_them_apart(tmp_path, tiny_folder, monkeypatch, capsys):
+def test_the_stage_trains_on_samples_and_tells_them_apart(tmp_path, tiny_folder, samples, monkeypatch):
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
     fields = {"model_name_or_path": str(tiny_folder), "dataset_name": str(tmp_path / "tasks.jsonl"), "max_steps": 1}
     fields |= {
@@ -57,11 +71,12 @@ def test_the_stage_trains_on_samples_and_tells_them_apart(tmp_path, tiny_folder,
     config = tmp_path / "sft.yaml"
     config.write_text(yaml.safe_dump(fields | {"samples": str(tmp_path)}))
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(config)])
-    with pytest.raises(SystemExit, match="samples.jsonl: has the stage 'preferences' finished"):
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    with pytest.raises(SystemExit, match="holds no samples of a run of the stage 'preferences' that ended"):
         sft.main()
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in SAMPLES))
+    (tmp_path / "summary.json").write_text("{}")
     sft.main()
     assert load_file(tmp_path / "sft" / "adapter_model.safetensors")
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in SAMPLES[1:]))
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples[1:]))
     with pytest.raises(SystemExit, match="holds another run"):
         sft.main()

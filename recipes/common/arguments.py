@@ -6,7 +6,6 @@ A mistake is reported here, with the field and what to write, before any weights
 
 import argparse
 import difflib
-import hashlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from recipes.common.prompts import PromptArguments
+from recipes.common.run_directory import file_sha256
 from rewards import load_tasks
 from sandbox import MAX_TIMEOUT
 from trainers import run_device, supports_bf16
@@ -82,7 +82,7 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     values = {name: value for part in parsed for name, value in vars(part).items()}
     settings = {name: values[name] for name in given if name in values}
     if os.path.isfile(tasks := settings.get("dataset_name", "")):
-        settings["dataset_sha256"] = hashlib.sha256(Path(tasks).read_bytes()).hexdigest()
+        settings["dataset_sha256"] = file_sha256(tasks)
     return *parsed, settings
 
 

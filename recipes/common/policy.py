@@ -4,7 +4,6 @@ Find, check and load a policy: a base model, its tokenizer, and the adapter on i
 Whatever can be checked without weights is checked before they are loaded.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
+from recipes.common.run_directory import file_sha256
 from recipes.default_model import DEFAULT_MODEL, default_model
 from trainers.device import free_memory
 from trainers.memory import activation_bytes, longest_prompt
@@ -101,7 +101,7 @@ def adapter_sha256(adapter: str) -> str:
     Returns:
         `str`: SHA-256 of its weights.
     """
-    return hashlib.sha256(Path(adapter, "adapter_model.safetensors").read_bytes()).hexdigest()
+    return file_sha256(Path(adapter, "adapter_model.safetensors"))
 
 
 def check_policy(model_args: ModelConfig, adapter: str | None = None, generates_on: torch.device | None = None) -> None:

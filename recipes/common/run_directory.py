@@ -5,6 +5,7 @@ Not covered: checkpoints, which are the trainers' (`trainers/checkpoints.py`).
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -152,6 +153,20 @@ def write_whole(path: Path, text: str) -> None:
     draft = _draft(path)
     draft.write_text(text)
     os.replace(draft, path)
+
+
+def file_sha256(path: str | Path) -> str:
+    """
+    Return the hash by which a run knows the content of a file that it reads.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `str`: SHA-256 of its content.
+    """
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _draft(path: Path) -> Path:
