@@ -153,6 +153,13 @@ def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
     scripts = [command.split()[1] for command in training_commands(chains["dpo"][0])]
     assert scripts == ["recipes/sft.py", "recipes/preferences.py", "recipes/dpo.py"]
     assert training_commands("elsewhere") == training_commands(None) == []
+    RunDirectory("runs/samples_sft", "sft", {"samples": "runs/qwen2.5-coder-0.5b/preferences"}).start()
+    tasks = "runs/qwen2.5-coder-0.5b/preferences/tasks.jsonl"
+    RunDirectory("runs/filtered", "reinforce", {"dataset_name": tasks, "chat_template_kwargs": {"a": False}}).start()
+    for output_dir, stage in (("runs/samples_sft", "sft"), ("runs/filtered", "reinforce")):
+        scripts = [command.split()[1] for command in training_commands(output_dir)]
+        assert scripts == ["recipes/sft.py", "recipes/preferences.py", f"recipes/{stage}.py"]
+    assert training_commands("runs/filtered")[-1].endswith("""--chat_template_kwargs '{"a": false}'""")
 
 
 def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path):

@@ -58,12 +58,16 @@ def training_commands(folder: str | None) -> list[str]:
         return []
     run = json.loads(path.read_text())
     settings = run["settings"]
-    before = [*training_commands(settings.get("adapter_name_or_path")), *training_commands(settings.get("preferences"))]
+    sources = [settings.get(name) for name in ("adapter_name_or_path", "preferences", "samples")]
+    if tasks := settings.get("dataset_name"):
+        sources.append(str(Path(tasks).parent))  # of tasks.jsonl, which `preferences` writes
+    before = [command for source in sources for command in training_commands(source)]
     fields = {name: value for name, value in settings.items() if not name.endswith("_sha256") and value is not None}
     command = ["python", f"recipes/{run['stage']}.py"]
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
-        command += [f"--{name}", *map(str, values or ["none"])]  # `report_to: none` is recorded as an empty list
+        values = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
+        command += [f"--{name}", *(values or ["none"])]  # `report_to: none` is recorded as an empty list
     return list(dict.fromkeys([*before, shlex.join(command)]))
 
 
