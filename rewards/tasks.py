@@ -31,6 +31,9 @@ MBPP_SPLITS = {
     "train": range(601, 975),
 }
 
+# What to do about a file of one's own that is taken for MBPP
+OWN_IDS = "ids from 1 to 974 are MBPP's: number tasks of your own from 975"
+
 logger = logging.getLogger(__name__)
 
 
@@ -97,9 +100,11 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
     if not is_file and not known and split != "all":
         parts = _named_split(parts, split, source)
     tasks = _convert(parts, max_cases, max_case_bytes, left_out)
+    benchmark = None
     if known:
         tasks = [*tasks]
-        benchmark = None if split == "all" else _benchmark([task for _, task in tasks], source)
+        if split != "all":
+            benchmark = _benchmark([task for _, task in tasks], source)
         if not is_file and not benchmark and split != "all":
             _named_split(parts, split, source)
             tasks = [(name, task) for name, task in tasks if name == split]
@@ -113,7 +118,7 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
         reasons = "; ".join(f"{reason} ({number})" for reason, number in left_out.most_common())
         logger.warning("%s: %d rows are left out: %s", source, left_out.total(), reasons)
     if dataset is None:
-        raise ValueError(f"the split {split!r} of {source} has no tasks")
+        raise ValueError(f"the split {split!r} of {source} has no tasks" + f" ({OWN_IDS})" * (benchmark == "MBPP/"))
     return dataset
 
 
@@ -191,12 +196,17 @@ def _convert(parts: dict, max_cases: int, max_case_bytes: int, left_out: Counter
 
 def _benchmark(tasks: list[dict], source: str) -> str | None:
     """`"HumanEval/"` or `"MBPP/"` if the ids of the tasks say so, else `None`; a mixture is refused."""
-    known = ("HumanEval/", "MBPP/")
-    found = {next((name for name in known if task["task_id"].startswith(name)), None) for task in tasks}
+
+    def benchmark(task_id: str) -> str | None:
+        name, _, number = task_id.partition("/")
+        is_mbpp = name == "MBPP" and number.isdecimal() and any(int(number) in ids for ids in MBPP_SPLITS.values())
+        return f"{name}/" if name == "HumanEval" or is_mbpp else None
+
+    found = {benchmark(task["task_id"]) for task in tasks}
     if len(found) > 1:
         raise ValueError(
             f"{source} mixes problems of HumanEval or MBPP, which have splits of their own, with others: put each kind "
-            "into a file of its own, so that no test task is trained on, or ask for the split 'all'"
+            f"into a file of its own, so that no test task is trained on, or ask for the split 'all' ({OWN_IDS})"
         )
     return found.pop() if found else None  # there is no task at all
 

@@ -123,6 +123,17 @@ def test_no_test_task_of_a_benchmark_is_trained_on_in_a_mixture(tmp_path):
     assert len(load_tasks(path, "all")) == 2
 
 
+def test_tasks_in_mbpps_columns_that_are_not_its_tasks_are_one_split(tmp_path):
+    path = write(tmp_path / "own.jsonl", *({**MBPP, "task_id": number} for number in (975, 976, "a1")))
+    assert load_tasks(path, "train")["task_id"][:] == ["MBPP/975", "MBPP/976", "MBPP/a1"]
+    path = write(tmp_path / "both.jsonl", *({**MBPP, "task_id": number} for number in (974, 975)))
+    with pytest.raises(ValueError, match="mixes problems of HumanEval or MBPP.* number tasks of your own from 975"):
+        load_tasks(path, "train")
+    path = write(tmp_path / "few.jsonl", {**MBPP, "task_id": 49})
+    with pytest.raises(ValueError, match="'train' of .* has no tasks .ids from 1 to 974 are MBPP's"):
+        load_tasks(path, "train")
+
+
 def test_sources_and_splits_that_do_not_exist(tmp_path):
     path = write(tmp_path / "tasks.jsonl", TASK)
     with pytest.raises(FileNotFoundError, match="no task file"):
