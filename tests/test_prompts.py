@@ -14,6 +14,8 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from recipes import dpo, evaluate, preferences, sft
 from recipes.common import sampling
+from recipes.common.arguments import parse_settings
+from recipes.common.policy_gradient import RLArguments
 from recipes.common.prompts import (
     PromptArguments,
     end_of_turn,
@@ -22,7 +24,9 @@ from recipes.common.prompts import (
     prompt_token_ids,
     reference_token_ids,
 )
-from rewards import as_chat
+from recipes.evaluate import EvaluateArguments
+from rewards import as_chat, program_source
+from trainers import ReinforceConfig, decode_completions
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|start|>system\nHelp.<|end|>\n{% endif %}"
@@ -90,6 +94,30 @@ def test_instruction_and_system_message(chat_folder, chat_tokenizer):
         "<|start|>user\nFinish it.\n\n```python\ndef add(x):\n    # plus 0\n```<|end|>\n"
         "<|start|>assistant\n"
     )
+
+
+VARIABLE = "{% if add_generation_prompt %}{% if thinking is defined and not thinking %}<no>{% endif %}{% endif %}"
+
+
+def test_template_variables_are_in_every_prompt(chat_folder, chat_tokenizer):
+    chat_tokenizer.chat_template = TEMPLATE + VARIABLE
+    tasks = formatted(chat_tokenizer, chat_folder, chat_template_kwargs='{"thinking": false}')
+    (ids,) = prompt_token_ids(chat_tokenizer, [tasks[0]["prompt"]])
+    assert chat_tokenizer.decode(ids).endswith("<|start|>assistant\n<no>")
+    with pytest.raises(ValueError, match="chat_template_kwargs is no JSON"):
+        PromptArguments(chat_template_kwargs="{thinking: false}")
+    recipe = ["--chat_template_kwargs", '{"thinking": false}', "--output_dir", "x"]
+    for argv, types in ((["--bf16", "false"], (RLArguments, ReinforceConfig)), ([], (EvaluateArguments,))):
+        *parts, settings = parse_settings(*types, argv=[*recipe, *argv])
+        assert parts[-1].chat_template_kwargs == settings["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_a_thought_that_the_prompt_opens_is_part_of_the_text(chat_tokenizer):
+    prompt_ids = chat_tokenizer("assistant\n<think>\n")["input_ids"]
+    reply_ids = chat_tokenizer("draft:\n```python\nx = 1\n```\n")["input_ids"]
+    (text,) = decode_completions(chat_tokenizer, [prompt_ids], [reply_ids])
+    assert text == "<think>\ndraft:\n```python\nx = 1\n```\n"
+    assert program_source([{"role": "user", "content": "?"}], text) == "", "a thought that does not end is no answer"
 
 
 def test_impossible_formats_are_refused(chat_folder, chat_tokenizer, tiny_folder, tiny_tokenizer):

@@ -226,10 +226,11 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         return rollout
 
     def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list]:
-        prompt_ids, completion_ids, completions = super()._generate(prompts)
+        prompt_ids, completion_ids, _ = super()._generate(prompts)
+        texts = decode_completions(self.processing_class, prompt_ids, completion_ids)
         if isinstance(prompts[0], str):
-            completions = decode_completions(self.processing_class, prompt_ids, completion_ids)
-        return prompt_ids, completion_ids, completions
+            return prompt_ids, completion_ids, texts
+        return prompt_ids, completion_ids, [[{"role": "assistant", "content": text}] for text in texts]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         temperature = self.temperature if self.model.training else 0.0

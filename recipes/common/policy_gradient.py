@@ -31,6 +31,7 @@ from trainers.vllm import FOUR_BIT
 class RLArguments(TaskArguments):
     """What an RL stage adds: the adapter it starts from, its reward, and its evaluation during training."""
 
+    chat_template_kwargs: dict | None = field(init=False, default=None)  # `RLOOConfig` has the field
     adapter_name_or_path: str | None = field(
         default=None,
         metadata={
@@ -148,6 +149,8 @@ def train_policy_gradient(
     if run.finished:
         return print(f"{args.output_dir}: this run has finished")
     tokenizer = load_tokenizer(model_args, padding_side="left")
+
+    rl.chat_template_kwargs = args.chat_template_kwargs
 
     def load(split: str) -> Dataset:
         return format_tasks(load_stage_tasks(rl.dataset_name, split), rl, tokenizer, model_args)

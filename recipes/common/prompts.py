@@ -5,6 +5,7 @@ A task's prompt is plain text that the policy continues (`completion`), or chat 
 tokenizer's chat template is applied once. TRL's trainers, which take the prompts themselves, make the same ids.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,12 +43,21 @@ class PromptArguments:
         default=None,
         metadata={"help": "System message (chat). If not set, the one of the tasks or the chat template, if any."},
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Variables of the chat template (chat), in JSON: `{"enable_thinking": false}` for Qwen3.'},
+    )
 
     def __post_init__(self):
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"chat_template_kwargs is no JSON: {error}") from None
         if self.prompt_format not in FORMATS:
             raise ValueError(f"prompt_format is {self.prompt_format!r}: write one of {', '.join(map(repr, FORMATS))}")
         if self.prompt_format == "completion":
-            for name in ("chat_instruction", "system_message"):
+            for name in ("chat_instruction", "system_message", "chat_template_kwargs"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is for chat, and prompt_format is 'completion': remove one of them")
 
@@ -56,7 +66,8 @@ def format_tasks(
     tasks: Dataset, args: PromptArguments, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig
 ) -> Dataset:
     """
-    Give tasks the run's prompt format. In chat, the tokenizer's EOS token becomes its template's end of turn.
+    Give tasks the run's prompt format. In chat, the tokenizer's EOS token becomes its template's end of turn, and its
+    template gets the values of `chat_template_kwargs`, so that whatever renders a prompt with it does so alike.
 
     Args:
         tasks ([`~datasets.Dataset`]):
@@ -85,6 +96,8 @@ def format_tasks(
         )
     if args.prompt_format == "completion" or not (wants_chat or _is_instruct(tokenizer, model_args)):
         return tasks
+    for name, value in (args.chat_template_kwargs or {}).items():
+        tokenizer.chat_template = f"{{%- set {name} = {value!r} %}}{tokenizer.chat_template}"
     end = end_of_turn(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
+THOUGHT = "<think>"
+
 
 def decode_completions(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], completion_ids: list[list[int]]
@@ -11,6 +13,9 @@ def decode_completions(
 
     A tokenizer in the manner of Llama's drops the leading space of whatever it decodes, so a completion decoded alone
     loses the first space of its indentation.
+
+    Some chat templates open a thought in the prompt. Its tag is then put before the text, so that a reader of the text
+    alone knows what is a thought, and a thought that does not end for no answer.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -27,7 +32,11 @@ def decode_completions(
     prompts = tokenizer.batch_decode([prompt for prompt, _ in pairs], skip_special_tokens=True)
     whole = tokenizer.batch_decode([prompt + completion for prompt, completion in pairs], skip_special_tokens=True)
     alone = tokenizer.batch_decode([completion for _, completion in pairs], skip_special_tokens=True)
-    return [
+    texts = [
         text[len(prompt) :] if text.startswith(prompt) else completion
         for prompt, text, completion in zip(prompts, whole, alone, strict=True)
+    ]
+    return [
+        f"{THOUGHT}\n{text}" if prompt.rstrip().endswith(THOUGHT) else text
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
