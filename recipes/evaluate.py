@@ -161,7 +161,9 @@ def main() -> None:
         "model": policy,
         "prompt_format": prompt_format(tasks),
         "seed": args.seed,
-        "settings": asdict(args) | {"extra_tests": settings.get("extra_tests"), "dtype": model_args.dtype},
+        "settings": asdict(args)
+        | {"extra_tests": settings.get("extra_tests"), "dtype": model_args.dtype}
+        | {"dataset_sha256": settings.get("dataset_sha256")},
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "machine": machine(),

@@ -160,6 +160,18 @@ def test_completions_that_could_not_be_judged_are_shown_and_counted(tmp_path, ca
     assert "sft: 2 of 2 completions could not be judged and count as failed" in capsys.readouterr().out
 
 
+def test_no_gain_is_given_over_an_evaluation_of_an_edited_task_file(tmp_path, capsys):
+    for name, content in (("base", "a"), ("other", "a"), ("edited", "b")):
+        write_run(tmp_path / name, ["a", "b"], [True, name != "base"])
+        path = tmp_path / name / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["settings"]["dataset_sha256"] = content
+        path.write_text(json.dumps(metrics))
+    print_table([str(tmp_path / name) for name in ("base", "other", "edited")])
+    *_, other, edited, note = capsys.readouterr().out.splitlines()
+    assert "+50.0 [" in other and "[+" not in edited and note.startswith("Task files of different contents")
+
+
 def test_a_table_cuts_no_cell_and_reads_no_markup():
     wide = "x" * 300
     assert markdown([{"row": "a[b]c[/b]", "gain": wide}]).splitlines()[-1] == f"| a[b]c[/b] | {wide} |"

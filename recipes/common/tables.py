@@ -75,6 +75,20 @@ def task_means(folder: str) -> dict[str, dict[str, float]]:
     }
 
 
+def are_of_one_file(*metrics: dict) -> bool:
+    """
+    Return whether evaluations may be of the same tasks: ids stay where a test or a prompt is edited.
+
+    Args:
+        metrics (`dict`):
+            Each evaluation's numbers.
+
+    Returns:
+        `bool`: `False` if their task files had different contents.
+    """
+    return len({m["settings"].get("dataset_sha256") for m in metrics} - {None}) < 2
+
+
 def _gain(first: dict, own: dict, name: str) -> tuple[float, list[float]]:
     return paired_gain([first[task][name] for task in first], [[own[task][name] for task in first]])
 
@@ -88,8 +102,8 @@ def results_table(results: list[str]) -> str:
             Result directories.
 
     Returns:
-        `str`: The table, in Markdown. Rows over the same tasks as the first have a gain over it: the difference of
-        pass rates in points and of mean tokens, each with its paired 95% interval.
+        `str`: The table, in Markdown. Rows over the same tasks as the first, from a file of the same content, have a
+        gain over it: the difference of pass rates in points and of mean tokens, each with its paired 95% interval.
 
     Raises:
         SystemExit: A directory holds no finished evaluation.
@@ -110,7 +124,7 @@ def results_table(results: list[str]) -> str:
             row["truncated"] = f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
         if "plus_pass_at_1" in m:
             row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
-        is_comparable = folder != results[0] and own.keys() == first.keys()
+        is_comparable = folder != results[0] and own.keys() == first.keys() and are_of_one_file(m, metrics[0])
         if is_comparable:
             gain, (low, high) = _gain(first, own, "passed")
             row["gain in points [95%]"] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -153,6 +167,8 @@ def print_table(results: list[str]) -> None:
             Result directories.
     """
     print(results_table(results))
+    if not are_of_one_file(*map(read_metrics, results)):
+        print("Task files of different contents were evaluated: gains are given over the same content alone")
     for name, folder in zip(evaluation_names(results), results, strict=True):
         verdicts = read_metrics(folder)["verdicts"]
         if num_invalid := verdicts.get("invalid"):
