@@ -97,12 +97,6 @@ def test_training_dtype_is_the_fastest_of_the_device(monkeypatch, device, in_har
     assert training_dtype(torch.device(device)) == expected
 
 
-def test_an_adapter_on_the_lm_head_is_refused(tiny_model):
-    model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="the adapter is on the LM head too, .* leave it out of lora_target_modules"):
-        use_fast_log_probs(model, torch.device("cpu"))
-
-
 def test_without_the_private_operators_of_torch_layers_run_as_they_are(tiny_model, monkeypatch):
     model = get_peft_model(tiny_model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
     monkeypatch.setattr("trainers.cpu.linear._has_operators", lambda namespace, *names: False)

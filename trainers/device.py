@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from .adapters import base_model
@@ -105,15 +104,7 @@ def use_fast_log_probs(model: torch.nn.Module, device: torch.device, temperature
             The run's device.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits, on a CPU. TRL's head has its own.
-
-    Raises:
-        ValueError: The adapter is on the LM head too. Both heads read its weight alone, so they would miss it.
     """
-    if isinstance(base_model(model).get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            "the adapter is on the LM head too, which the log-probabilities would miss: leave it out of "
-            "lora_target_modules, or train it as a whole (lora_modules_to_save: [lm_head])"
-        )
     avoid_cudnn_attention()
     if device.type == "cpu":
         return add_packed_lm_head(model, temperature)
