@@ -154,6 +154,7 @@ def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
     assert scripts == ["recipes/sft.py", "recipes/preferences.py", "recipes/dpo.py"]
     assert training_commands("elsewhere") == training_commands(None) == []
     RunDirectory("runs/samples_sft", "sft", {"samples": "runs/qwen2.5-coder-0.5b/preferences"}).start()
+    Path("runs/qwen2.5-coder-0.5b/preferences/pairs.jsonl").touch()
     tasks = "runs/qwen2.5-coder-0.5b/preferences/tasks.jsonl"
     RunDirectory("runs/filtered", "reinforce", {"dataset_name": tasks, "chat_template_kwargs": {"a": False}}).start()
     for output_dir, stage in (("runs/samples_sft", "sft"), ("runs/filtered", "reinforce")):
@@ -176,6 +177,10 @@ def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path):
     assert directory("{}").finished
     with pytest.raises(SystemExit, match="holds another run .the content of its dataset was another one.: choose"):
         directory("{} ")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["settings"]["dataset_sha256"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert directory("{} ").finished, "a record without it"
 
 
 def test_deepseek_recipes_hold_the_published_values():

@@ -59,8 +59,9 @@ def training_commands(folder: str | None) -> list[str]:
     run = json.loads(path.read_text())
     settings = run["settings"]
     sources = [settings.get(name) for name in ("adapter_name_or_path", "preferences", "samples")]
-    if tasks := settings.get("dataset_name"):
-        sources.append(str(Path(tasks).parent))  # of tasks.jsonl, which `preferences` writes
+    tasks = Path(settings.get("dataset_name", ""))
+    if tasks.name == "tasks.jsonl" and (tasks.parent / "pairs.jsonl").is_file():  # which `preferences` wrote
+        sources.append(str(tasks.parent))
     before = [command for source in sources for command in training_commands(source)]
     fields = {name: value for name, value in settings.items() if not name.endswith("_sha256") and value is not None}
     command = ["python", f"recipes/{run['stage']}.py"]

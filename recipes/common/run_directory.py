@@ -18,6 +18,9 @@ from transformers import Trainer
 
 from trainers.checkpoints import shared_checkpoint
 
+# Settings that came later than the first records: the contents of files that people edit
+CONTENTS = {"dataset_sha256", "extra_tests_sha256"}
+
 
 class RunDirectory:
     """
@@ -53,6 +56,8 @@ class RunDirectory:
         if self.record.is_file():
             found = json.loads(self.record.read_text())
             finished = found.pop("finished", False) and any(self.path.glob(result))
+            for name in CONTENTS & self.run["settings"].keys():  # earlier records do not have them
+                found["settings"].setdefault(name, self.run["settings"][name])
             if found != self.run and not self._has_only_its_record():
                 raise SystemExit(
                     f"output_dir {self.path} holds another run ({_difference(found, self.run)}): {self._advice}"
