@@ -13,7 +13,7 @@ from statistics import mean
 
 from recipes.common.intervals import paired_gain
 from recipes.common.runs import recipe_name
-from recipes.common.tables import markdown, task_means
+from recipes.common.tables import are_of_one_file, markdown, read_metrics, task_means
 
 
 def gains_rows(results: Path) -> list[dict[str, str]]:
@@ -45,9 +45,10 @@ def gains_rows(results: Path) -> list[dict[str, str]]:
             runs = [
                 task_means(str(row / evaluation)) for row in folders if (row / evaluation / "metrics.json").is_file()
             ]
-            for run in runs:
-                if run.keys() != untouched.keys():
-                    raise SystemExit(f"{name}/{evaluation} and base/{evaluation} are of different tasks")
+            paths = [results / "base" / evaluation, *(row / evaluation for row in folders)]
+            numbers = [read_metrics(str(path)) for path in paths if (path / "metrics.json").is_file()]
+            if any(run.keys() != untouched.keys() for run in runs) or not are_of_one_file(*numbers):
+                raise SystemExit(f"{name}/{evaluation} and base/{evaluation} are of different tasks")
             cells |= _cells(evaluation, untouched, runs, is_base=name == "base")
         rows.append(cells)
     return rows

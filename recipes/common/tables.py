@@ -86,7 +86,7 @@ def are_of_one_file(*metrics: dict) -> bool:
     Returns:
         `bool`: `False` if their task files had different contents.
     """
-    return len({m["settings"].get("dataset_sha256") for m in metrics} - {None}) < 2
+    return len({m.get("settings", {}).get("dataset_sha256") for m in metrics} - {None}) < 2
 
 
 def _gain(first: dict, own: dict, name: str) -> tuple[float, list[float]]:
@@ -104,11 +104,12 @@ def results_table(results: list[str]) -> str:
     Returns:
         `str`: The table, in Markdown. Rows over the same tasks as the first, from a file of the same content, have a
         gain over it: the difference of pass rates in points and of mean tokens, each with its paired 95% interval.
+        Below it, rows without a gain for another content, and rows with completions that could not be judged.
 
     Raises:
         SystemExit: A directory holds no finished evaluation.
     """
-    rows = []
+    rows, notes = [], []
     metrics = [read_metrics(folder) for folder in results]
     means = [task_means(folder) for folder in results]
     first = means[0]
@@ -124,7 +125,15 @@ def results_table(results: list[str]) -> str:
             row["truncated"] = f"{m['truncated_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
         if "plus_pass_at_1" in m:
             row["plus"] = f"{m['plus_pass_at_1'] * m['num_tasks']:g}/{m['num_tasks']}"
-        is_comparable = folder != results[0] and own.keys() == first.keys() and are_of_one_file(m, metrics[0])
+        is_comparable = folder != results[0] and own.keys() == first.keys()
+        if is_comparable and not are_of_one_file(m, metrics[0]):
+            is_comparable = False
+            notes.append(f"{name} has no gain: its task file has another content than that of the first row")
+        if num_invalid := m["verdicts"].get("invalid"):
+            notes.append(
+                f"{name}: {num_invalid} of {sum(m['verdicts'].values())} completions could not be judged and count as "
+                "failed. recipes/check_tasks.py finds the tasks"
+            )
         if is_comparable:
             gain, (low, high) = _gain(first, own, "passed")
             row["gain in points [95%]"] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
@@ -133,7 +142,7 @@ def results_table(results: list[str]) -> str:
             change, (low, high) = _gain(first, own, "completion_tokens")
             row["change [95%]"] = f"{change:+.0f} [{low:+.0f}, {high:+.0f}]"
         rows.append(row)
-    return markdown(rows)
+    return "\n\n".join([markdown(rows), *notes])
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -160,19 +169,10 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def print_table(results: list[str]) -> None:
     """
-    Print finished evaluations as one table, in Markdown, and how many completions could not be judged.
+    Print finished evaluations as one table, in Markdown.
 
     Args:
         results (`list[str]`):
             Result directories.
     """
     print(results_table(results))
-    if not are_of_one_file(*map(read_metrics, results)):
-        print("Task files of different contents were evaluated: gains are given over the same content alone")
-    for name, folder in zip(evaluation_names(results), results, strict=True):
-        verdicts = read_metrics(folder)["verdicts"]
-        if num_invalid := verdicts.get("invalid"):
-            print(
-                f"{name}: {num_invalid} of {sum(verdicts.values())} completions could not be judged and count as "
-                "failed. recipes/check_tasks.py finds the tasks"
-            )
