@@ -140,8 +140,12 @@ def main() -> None:
     run.start()
     samples = sample_policy(run.path / "samples.jsonl", tasks, tokenizer, args, model_args)
     pairs, summary = form_pairs(samples, tasks.to_list(), args)
-    passed = Counter(sample["task_id"] for sample in samples if sample["passed"])
-    rows = [row | {"pass_rate": passed[row["task_id"]] / args.num_generations} for row in rows]
+    passes = {row["task_id"]: [] for row in rows}
+    for sample in samples:
+        if sample["verdict"] != "invalid":
+            passes[sample["task_id"]].append(sample["passed"])
+    rates = {task_id: sum(ones) / len(ones) if ones else None for task_id, ones in passes.items()}
+    rows = [row | {"pass_rate": rates[row["task_id"]]} for row in rows]
     write_whole(run.path / "tasks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     if not pairs:
@@ -281,12 +285,14 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
             distinct.setdefault(sample["completion"], sample)
         count["duplicates"] += len(judged) - len(distinct)
         passes = [sample["passed"] for sample in distinct.values()]
-        always = "always_fail" if not any(passes) else "always_pass" if all(passes) else "mixed"
+        always = "always_pass" if all(passes) else "always_fail" if not any(passes) else "mixed"
+        if not passes:
+            always = "tasks_not_judged"
         count[always] += 1
         task_pairs = _pair(list(distinct.values()), args)
         count["tasks_with_pairs"] += bool(task_pairs)
         if not task_pairs:
-            dropped["no_margin" if args.pair_rule == "reward_margin" else always] += 1
+            dropped["no_margin" if passes and args.pair_rule == "reward_margin" else always] += 1
         for chosen, rejected in task_pairs:
             pair = {"task_id": task["task_id"], "prompt": task["prompt"]}
             for side, sample in (("chosen", chosen), ("rejected", rejected)):
@@ -306,6 +312,7 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
         "pass_rate": mean(sample["passed"] for sample in samples),
         "always_pass": count["always_pass"],
         "always_fail": count["always_fail"],
+        "tasks_not_judged": count["tasks_not_judged"],
         "pairs": len(pairs),
         "tasks_with_pairs": count["tasks_with_pairs"],
         "dropped": dict(dropped),

@@ -68,6 +68,7 @@ def test_shortest_pass_against_longest_fail():
         "pass_rate": 0.5,
         "always_pass": 1,
         "always_fail": 1,
+        "tasks_not_judged": 0,
         "pairs": 1,
         "tasks_with_pairs": 1,
         "dropped": {"always_pass": 1, "always_fail": 1},
@@ -101,7 +102,8 @@ def test_completions_that_could_not_be_judged_are_in_no_pair(rule):
     args = PreferencesArguments(num_generations=3, pair_rule=rule)
     pairs, summary = form_pairs(samples, TASKS[:2], args)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "b")]
-    assert summary["not_judged"] == 4 and summary["always_fail"] == 1 and summary["always_pass"] == 0
+    assert summary["not_judged"] == 4 and summary["tasks_not_judged"] == 1 and summary["always_fail"] == 0
+    assert summary["dropped"] == {"tasks_not_judged": 1}
 
 
 @pytest.mark.parametrize(
