@@ -140,7 +140,7 @@ def pair_dataset(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_leng
             if decode_completions(tokenizer, [prompt_ids], [ids]) != [text]:
                 raise SystemExit(
                     f"preferences: pair {number}: {side}_ids are not the tokens of {side!r} for this model's "
-                    "tokenizer: sample the pairs from a policy on the same base"
+                    "tokenizer: sample the pairs from a policy on the same base, with the same chat_template_kwargs"
                 )
             if max_length is not None and len(prompt_ids) + len(ids) > max_length:
                 raise SystemExit(

@@ -96,7 +96,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as work:
             draft = Path(work) / output.name
             model.save_pretrained(draft)
-            AutoTokenizer.from_pretrained(model_args.model_name_or_path).save_pretrained(draft)
+            tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+            if (Path(args.adapter_name_or_path) / "chat_template.jinja").is_file():  # with its chat_template_kwargs
+                tokenizer.chat_template = AutoTokenizer.from_pretrained(args.adapter_name_or_path).chat_template
+            tokenizer.save_pretrained(draft)
             (draft / "README.md").write_text(card)
             os.rename(draft, output)
     except (OSError, SafetensorError) as error:

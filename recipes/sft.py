@@ -109,7 +109,7 @@ def sampled_dataset(
             if decode_completions(tokenizer, prompt_ids, [ids]) != [sample["completion"]]:
                 raise SystemExit(
                     f"samples: of {task['task_id']}, completion_ids are not the tokens of the completion for this "
-                    "model's tokenizer: sample a policy on the same base"
+                    "model's tokenizer: sample a policy on the same base, with the same chat_template_kwargs"
                 )
             rows.append((task["task_id"], *prompt_ids, ids))
     if not rows:

@@ -87,6 +87,7 @@ def test_card_and_generation_end(tmp_path, tiny_folder, monkeypatch, capsys):
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "mine"
     make_adapter(make_base(tiny_folder, base, torch.bfloat16), adapter)
     tokenizer = AutoTokenizer.from_pretrained(base, eos_token="a")  # as the trainers save it after chat training
+    tokenizer.chat_template = "{%- set enable_thinking = False %}{{ messages }}"
     tokenizer.save_pretrained(adapter)
     settings = {"model_name_or_path": str(base), "load_in_4bit": True, "learning_rate": 0.1, "report_to": []}
     (adapter / "run.json").write_text(json.dumps({"stage": "sft", "settings": settings}))
@@ -105,6 +106,7 @@ def test_card_and_generation_end(tmp_path, tiny_folder, monkeypatch, capsys):
     assert card.startswith("---\nlibrary_name: transformers\n") and "# mine\n" in card and "base_model" not in card
     ends = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [AutoTokenizer.from_pretrained(base).eos_token_id, tokenizer.eos_token_id]
+    assert (output / "chat_template.jinja").read_text() == tokenizer.chat_template
     model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     card = merge.model_card("mine", "cache/qwen2.5-coder-0.5b-instruct", str(adapter), model, "")
     assert card.startswith("---\nbase_model: Qwen/Qwen2.5-Coder-0.5B-Instruct\n") and "Evaluation" not in card

@@ -15,7 +15,7 @@ from trl import ModelConfig, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from recipes import dpo, evaluate, preferences, sft
 from recipes.common import sampling
 from recipes.common.arguments import parse_settings
-from recipes.common.policy_gradient import RLArguments
+from recipes.common.policy_gradient import RLArguments, train_policy_gradient
 from recipes.common.prompts import (
     PromptArguments,
     end_of_turn,
@@ -26,13 +26,14 @@ from recipes.common.prompts import (
 )
 from recipes.evaluate import EvaluateArguments
 from rewards import as_chat, program_source
-from trainers import ReinforceConfig, decode_completions
+from trainers import ReinforceConfig, ReinforceTrainer, decode_completions
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|start|>system\nHelp.<|end|>\n{% endif %}"
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+VARIABLE = "{% if add_generation_prompt and thinking is defined and not thinking %}<no>{% endif %}"
 TASKS = Dataset.from_list(
     [
         {
@@ -96,16 +97,14 @@ def test_instruction_and_system_message(chat_folder, chat_tokenizer):
     )
 
 
-VARIABLE = "{% if add_generation_prompt %}{% if thinking is defined and not thinking %}<no>{% endif %}{% endif %}"
-
-
-def test_template_variables_are_in_every_prompt(chat_folder, chat_tokenizer):
-    chat_tokenizer.chat_template = TEMPLATE + VARIABLE
-    tasks = formatted(chat_tokenizer, chat_folder, chat_template_kwargs='{"thinking": false}')
-    (ids,) = prompt_token_ids(chat_tokenizer, [tasks[0]["prompt"]])
-    assert chat_tokenizer.decode(ids).endswith("<|start|>assistant\n<no>")
+def test_template_variables_are_read_and_checked(tmp_path, chat_folder, chat_tokenizer, tiny_folder, tiny_tokenizer):
     with pytest.raises(ValueError, match="chat_template_kwargs is no JSON"):
         PromptArguments(chat_template_kwargs="{thinking: false}")
+    for variables in ('["thinking"]', '{"a-b": 1}'):
+        with pytest.raises(SystemExit, match="chat_template_kwargs is .*: write names and values"):
+            formatted(chat_tokenizer, chat_folder, chat_template_kwargs=variables)
+    with pytest.raises(SystemExit, match="chat_template_kwargs is for chat, and the policy completes code here"):
+        formatted(tiny_tokenizer, tiny_folder, chat_template_kwargs='{"thinking": false}')
     recipe = ["--chat_template_kwargs", '{"thinking": false}', "--output_dir", "x"]
     for argv, types in ((["--bf16", "false"], (RLArguments, ReinforceConfig)), ([], (EvaluateArguments,))):
         *parts, settings = parse_settings(*types, argv=[*recipe, *argv])
@@ -170,10 +169,12 @@ def stage_prompts(tmp_path, folder, tokenizer, tasks, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("asked", ["chat", "completion"])
-def test_every_stage_has_the_same_token_ids(tmp_path, chat_folder, chat_tokenizer, monkeypatch, asked):
-    tasks = formatted(chat_tokenizer, chat_folder, prompt_format=asked)
+@pytest.mark.parametrize("asked, variables", [("chat", None), ("chat", {"thinking": False}), ("completion", None)])
+def test_every_stage_has_the_same_token_ids(tmp_path, chat_folder, chat_tokenizer, monkeypatch, asked, variables):
+    chat_tokenizer.chat_template = TEMPLATE + VARIABLE
+    tasks = formatted(chat_tokenizer, chat_folder, prompt_format=asked, chat_template_kwargs=variables)
     expected = prompt_token_ids(chat_tokenizer, tasks["prompt"][:])
+    assert chat_tokenizer.decode(expected[0]).endswith("<no>") == (variables is not None)
     if asked == "chat":
         text = chat_tokenizer.apply_chat_template(tasks[0]["prompt"], tokenize=False, add_generation_prompt=True)
         assert chat_tokenizer.decode(expected[0]) == text and text.count("<|start|>") == 3
@@ -302,6 +303,13 @@ def test_stages_in_chat_format(tmp_path, chat_folder, chat_tokenizer, monkeypatc
         )
     run(monkeypatch, dpo, config, preferences=tmp_path / "pairs", output_dir=tmp_path / "dpo")
     assert (tmp_path / "dpo" / "adapter_model.safetensors").is_file()
+
+    fields = {"max_completion_length": 4, "per_device_train_batch_size": 2}
+    config.write_text(yaml.safe_dump(recipe | train | fields | {"adapter_name_or_path": str(tmp_path / "sft")}))
+    reinforce = SimpleNamespace(main=lambda: train_policy_gradient("reinforce", ReinforceTrainer, ReinforceConfig))
+    run(monkeypatch, reinforce, config, chat_template_kwargs='{"thinking": false}', output_dir=tmp_path / "rl")
+    template = (tmp_path / "rl" / "chat_template.jinja").read_text()
+    assert template.startswith("{%- set thinking = False %}{% if messages")
 
 
 @pytest.mark.parametrize(

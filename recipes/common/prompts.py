@@ -57,7 +57,7 @@ class PromptArguments:
         if self.prompt_format not in FORMATS:
             raise ValueError(f"prompt_format is {self.prompt_format!r}: write one of {', '.join(map(repr, FORMATS))}")
         if self.prompt_format == "completion":
-            for name in ("chat_instruction", "system_message", "chat_template_kwargs"):
+            for name in ("chat_instruction", "system_message"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is for chat, and prompt_format is 'completion': remove one of them")
 
@@ -85,6 +85,9 @@ def format_tasks(
     Raises:
         SystemExit: The tasks or the tokenizer do not allow the format.
     """
+    variables = args.chat_template_kwargs or {}
+    if not isinstance(variables, dict) or not all(map(str.isidentifier, variables)):
+        raise SystemExit(f'chat_template_kwargs is {variables!r}: write names and values, {{"enable_thinking": false}}')
     are_messages = prompt_format(tasks) == "chat"
     if args.prompt_format == "completion" and are_messages:
         raise SystemExit("prompt_format: the tasks are chat messages: set prompt_format to chat")
@@ -95,9 +98,12 @@ def format_tasks(
             "none: use the model's instruct version, or text prompts and prompt_format completion"
         )
     if args.prompt_format == "completion" or not (wants_chat or _is_instruct(tokenizer, model_args)):
+        if variables:
+            raise SystemExit("chat_template_kwargs is for chat, and the policy completes code here: leave it out")
         return tasks
-    for name, value in (args.chat_template_kwargs or {}).items():
-        tokenizer.chat_template = f"{{%- set {name} = {value!r} %}}{tokenizer.chat_template}"
+    for name, value in variables.items():
+        setting, template = f"{{%- set {name} = {value!r} %}}", tokenizer.get_chat_template()
+        tokenizer.chat_template = template if setting in template else setting + template
     end = end_of_turn(tokenizer)
     if end is not None and end != tokenizer.eos_token_id:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
