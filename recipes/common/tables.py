@@ -13,6 +13,9 @@ from rich.text import Text
 from recipes.common.intervals import paired_gain
 from recipes.common.samples import read_samples
 
+# Share of completions that may be impossible to judge without a note: a policy's answer can be so, too
+MAX_INVALID = 0.01
+
 
 def read_metrics(folder: str) -> dict:
     """
@@ -104,7 +107,7 @@ def results_table(results: list[str]) -> str:
     Returns:
         `str`: The table, in Markdown. Rows over the same tasks as the first, from a file of the same content, have a
         gain over it: the difference of pass rates in points and of mean tokens, each with its paired 95% interval.
-        Below it, rows without a gain for another content, and rows with completions that could not be judged.
+        Below it, rows without a gain for another content, and rows of which more than 1% could not be judged.
 
     Raises:
         SystemExit: A directory holds no finished evaluation.
@@ -129,10 +132,11 @@ def results_table(results: list[str]) -> str:
         if is_comparable and not are_of_one_file(m, metrics[0]):
             is_comparable = False
             notes.append(f"{name} has no gain: its task file has another content than that of the first row")
-        if num_invalid := m["verdicts"].get("invalid"):
+        num_invalid, num_samples = m["verdicts"].get("invalid", 0), sum(m["verdicts"].values())
+        if num_invalid > MAX_INVALID * num_samples:
             notes.append(
-                f"{name}: {num_invalid} of {sum(m['verdicts'].values())} completions could not be judged and count as "
-                "failed. recipes/check_tasks.py finds the tasks"
+                f"{name}: {num_invalid} of {num_samples} completions could not be judged and count as failed. "
+                "recipes/check_tasks.py finds the tasks"
             )
         if is_comparable:
             gain, (low, high) = _gain(first, own, "passed")
