@@ -181,6 +181,9 @@ def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path):
     del record["settings"]["dataset_sha256"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert directory("{} ").finished, "a record without it"
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds another run .of the stage None"):
+        directory("{}")
 
 
 def test_deepseek_recipes_hold_the_published_values():

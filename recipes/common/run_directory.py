@@ -57,7 +57,7 @@ class RunDirectory:
             found = json.loads(self.record.read_text())
             finished = found.pop("finished", False) and any(self.path.glob(result))
             for name in CONTENTS & self.run["settings"].keys():  # earlier records do not have them
-                found["settings"].setdefault(name, self.run["settings"][name])
+                found.setdefault("settings", {}).setdefault(name, self.run["settings"][name])
             if found != self.run and not self._has_only_its_record():
                 raise SystemExit(
                     f"output_dir {self.path} holds another run ({_difference(found, self.run)}): {self._advice}"
