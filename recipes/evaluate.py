@@ -162,8 +162,8 @@ def main() -> None:
         "prompt_format": prompt_format(tasks),
         "seed": args.seed,
         "settings": asdict(args)
-        | {"extra_tests": settings.get("extra_tests"), "dtype": model_args.dtype}
-        | {"dataset_sha256": settings.get("dataset_sha256")},
+        | {name: settings.get(name) for name in ("extra_tests", "dataset_sha256")}
+        | {"dtype": model_args.dtype},
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "machine": machine(),

@@ -42,11 +42,9 @@ def gains_rows(results: Path) -> list[dict[str, str]]:
     for name, folders in sorted(seeds.items(), key=lambda item: (item[0] != "base", item[0])):
         cells = {"row": name, "seeds": str(len(folders))}
         for evaluation, untouched in base.items():
-            runs = [
-                task_means(str(row / evaluation)) for row in folders if (row / evaluation / "metrics.json").is_file()
-            ]
-            paths = [results / "base" / evaluation, *(row / evaluation for row in folders)]
-            numbers = [read_metrics(str(path)) for path in paths if (path / "metrics.json").is_file()]
+            paths = [row / evaluation for row in folders if (row / evaluation / "metrics.json").is_file()]
+            runs = [task_means(str(path)) for path in paths]
+            numbers = [read_metrics(str(path)) for path in (results / "base" / evaluation, *paths)]
             if any(run.keys() != untouched.keys() for run in runs) or not are_of_one_file(*numbers):
                 raise SystemExit(f"{name}/{evaluation} and base/{evaluation} are of different tasks")
             cells |= _cells(evaluation, untouched, runs, is_base=name == "base")

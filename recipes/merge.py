@@ -97,8 +97,8 @@ def main() -> None:
             draft = Path(work) / output.name
             model.save_pretrained(draft)
             tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-            if (Path(args.adapter_name_or_path) / "chat_template.jinja").is_file():  # with its chat_template_kwargs
-                tokenizer.chat_template = AutoTokenizer.from_pretrained(args.adapter_name_or_path).chat_template
+            if (template := Path(args.adapter_name_or_path) / "chat_template.jinja").is_file():
+                tokenizer.chat_template = template.read_text()  # with the run's chat_template_kwargs
             tokenizer.save_pretrained(draft)
             (draft / "README.md").write_text(card)
             os.rename(draft, output)

@@ -285,14 +285,15 @@ def form_pairs(samples: list[dict], tasks: list[dict], args: PreferencesArgument
             distinct.setdefault(sample["completion"], sample)
         count["duplicates"] += len(judged) - len(distinct)
         passes = [sample["passed"] for sample in distinct.values()]
-        always = "always_pass" if all(passes) else "always_fail" if not any(passes) else "mixed"
         if not passes:
-            always = "tasks_not_judged"
-        count[always] += 1
+            outcome = "tasks_not_judged"
+        else:
+            outcome = "always_pass" if all(passes) else "mixed" if any(passes) else "always_fail"
+        count[outcome] += 1
         task_pairs = _pair(list(distinct.values()), args)
         count["tasks_with_pairs"] += bool(task_pairs)
         if not task_pairs:
-            dropped["no_margin" if passes and args.pair_rule == "reward_margin" else always] += 1
+            dropped["no_margin" if passes and args.pair_rule == "reward_margin" else outcome] += 1
         for chosen, rejected in task_pairs:
             pair = {"task_id": task["task_id"], "prompt": task["prompt"]}
             for side, sample in (("chosen", chosen), ("rejected", rejected)):

@@ -118,7 +118,8 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
         reasons = "; ".join(f"{reason} ({number})" for reason, number in left_out.most_common())
         logger.warning("%s: %d rows are left out: %s", source, left_out.total(), reasons)
     if dataset is None:
-        raise ValueError(f"the split {split!r} of {source} has no tasks" + f" ({OWN_IDS})" * (benchmark == "MBPP/"))
+        hint = f" ({OWN_IDS})" if benchmark == "MBPP/" else ""
+        raise ValueError(f"the split {split!r} of {source} has no tasks{hint}")
     return dataset
 
 
