@@ -58,7 +58,7 @@ class PairArguments(TaskArguments):
 
 
 class PairTrainer(CompleteCheckpoints, DPOTrainer):
-    """Train [`~trl.DPOTrainer`] on token ids as they are: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+    """[`~trl.DPOTrainer`] on token ids as they are: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset

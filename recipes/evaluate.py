@@ -111,7 +111,10 @@ class EvaluateArguments(PromptArguments):
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}: write 0 (greedy) or more")
         if self.num_generations > 1 and self.temperature == 0:
-            raise ValueError("several num_generations at temperature 0 are all the same: set a temperature above 0")
+            raise ValueError(
+                f"num_generations is {self.num_generations}, but at temperature 0 all completions of a task are the "
+                "same: set a temperature above 0"
+            )
         check_timeout(self.sandbox_timeout, MAX_TIMEOUT / (PLUS_TIMEOUT_FACTOR if self.extra_tests else 1))
 
 

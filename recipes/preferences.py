@@ -78,9 +78,7 @@ class PreferencesArguments(TaskArguments):
             "together."
         },
     )
-    length_penalty: float = field(
-        default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
-    )
+    length_penalty: float = field(default=0.01, metadata={"help": "Penalty per 100 generated tokens, at least 0."})
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
     pair_rule: str = field(
         default=PAIR_RULES[0],

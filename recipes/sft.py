@@ -142,7 +142,7 @@ def main() -> None:
     stage, args, model_args, settings = parse_settings(SFTArguments, SFTConfig, ModelConfig)
     samples = Path(stage.samples, "samples.jsonl") if stage.samples else None
     if samples and not (samples.is_file() and samples.with_name("summary.json").is_file()):
-        raise SystemExit(f"samples: {stage.samples} holds no samples of a run of the stage 'preferences' that ended")
+        raise SystemExit(f"samples: {stage.samples} holds no samples of a finished run of the stage 'preferences'")
     if samples:
         settings["samples_sha256"] = file_sha256(samples)
     run = RunDirectory(args.output_dir, "sft", settings)

@@ -137,7 +137,7 @@ def unpack_text(row: Row, name: str, packed: str) -> str:
 
     Args:
         row (`Row`):
-            The row that it stands in, for errors.
+            The row that it is from, for errors.
         name (`str`):
             The field.
         packed (`str`):

@@ -69,7 +69,7 @@ _WRAPPED = " or isinstance(expected, list) and len(expected) == 1 and same(resul
 
 
 class NoCases(Exception):
-    """Cases that make no test, with the reason for people."""
+    """Cases that make no test, with the reason to report."""
 
 
 def read_cases(value: Any, function: str | None = None) -> tuple[str | None, list[tuple[Any, Any]]]:
@@ -81,7 +81,7 @@ def read_cases(value: Any, function: str | None = None) -> tuple[str | None, lis
             A list of `{"input", "output"}`, perhaps with `fn_name`, `type` or `testtype`; or one dictionary of lists,
             `{"inputs", "outputs"}` or `{"input", "output"}`, perhaps with `fn_name`.
         function (`str`, *optional*):
-            The function's name, where it stands elsewhere.
+            The function's name, where another field names it.
 
     Returns:
         `tuple`: The name of the function under test (`None` for a script), and the cases as pairs of input and output.

@@ -20,13 +20,13 @@ FOUR_SPACES = " " * 4
 
 
 class LeftOut(Exception):
-    """A row of a public data set that makes no task, with the reason for people."""
+    """A row of a public data set that makes no task, with the reason to report."""
 
 
 @dataclass(frozen=True)
 class Row:
     """
-    A row and where it stands.
+    A row and its location.
 
     Args:
         where (`str`):
@@ -59,7 +59,7 @@ class Row:
         return value
 
     def error(self, name: str, hint: str) -> ValueError:
-        """Return the error of a field: where it stands, what was found, and what to write."""
+        """Return the error of a field: its location, what was found, and what to write."""
         found = f"is {self.get(name)!r:.60}" if name in self.fields else "is missing"
         return ValueError(f"{self.where}: field {name!r} {found}: {hint}")
 
@@ -148,7 +148,7 @@ def from_mbpp(row: Row) -> dict:
     """
     A row of MBPP, MBPP sanitized or MBPP+ (which has stricter tests in `test`).
 
-    The prompt is what stands before the function's body (imports, helpers, signature) with the task's text and the
+    The prompt is what precedes the function's body (imports, helpers, signature) with the task's text and the
     first test as the docstring, so that a completion is a body, as in HumanEval.
     """
     words = "text" if "text" in row.fields else "prompt"
@@ -199,7 +199,7 @@ def _called(tree: ast.AST) -> list[str]:
 
 
 def _check(statements: list[ast.stmt], entry_point: str, before: list[ast.stmt] | None = None) -> str:
-    """`check(candidate)` of statements that call the entry point; imports and definitions stand before it."""
+    """`check(candidate)` of statements that call the entry point; imports and definitions precede it."""
     before, within = list(before or []), []
     for node in statements:
         is_definition = isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)

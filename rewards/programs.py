@@ -10,7 +10,7 @@ import re
 
 from sandbox import Program
 
-# Indentation and perhaps a list marker, the fence, and what stands behind it
+# Indentation and perhaps a list marker, the fence, and what follows it
 _FENCE = re.compile(r"([ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)(`{3,}|~{3,})(.*)")
 _LABEL = re.compile(r"[\s{.]*([^\s,:;{}|]*)")
 _PYTHON = re.compile(r"(?:i?py(?:thon)?[\d.]*|.*\.py)?")  # also a file's name; `python-repl` and `pycon` are sessions
@@ -70,7 +70,7 @@ def program_source(prompt: str | list[dict], completion: str | list[dict], entry
 
     The program of a chat reply is found by these rules:
 
-    1. A thought is never the answer. What stands before the last `</think>` is dropped, with or without a `<think>`,
+    1. A thought is never the answer. Text before the last `</think>` is dropped, with or without a `<think>`,
        because some templates open the thought in the prompt. If a thought is left unclosed, the program is empty. Tags
        in quotation marks are text.
     2. Fences are lines of three or more backticks or tildes, perhaps indented or behind a list marker. A block ends at
@@ -155,7 +155,7 @@ def _split(answer: str) -> tuple[str, list[tuple[str, str]] | None]:
             blocks[-1][1].append(line)
         elif not seen:
             before.append(line)
-    if fence:  # perhaps its closing fence stands at the end of a line
+    if fence:  # its closing fence may be at the end of a line
         lines = blocks[-1][1]
         end = next((i for i, line in enumerate(lines) if line.rstrip().endswith(fence)), None)
         if end is not None:

@@ -1,5 +1,5 @@
 """
-Rows of task files and of Hub datasets, each with where it stands, for error messages.
+Rows of task files and of Hub datasets, each with its location, for error messages.
 
 Rows are read one after the other; no list of them is built here.
 """

@@ -1,8 +1,8 @@
 """
 Rewards to combine with the reward of `unit_tests.py`, for tasks on which a policy passes too seldom to learn from it.
 
-Each is a TRL reward function; TRL adds several up by `reward_weights`. Whatever pays for less than a passing program
-can be earned without one: each docstring says how, so weigh these low and watch the pass rate, not the sum. Tests and
+Each is a TRL reward function; TRL sums them with `reward_weights`. A policy can earn each without a passing program:
+the docstrings say how. So keep these weights low and watch the pass rate, not the sum. Tests and
 programs run in the sandbox, and a program is not even parsed in the caller's process.
 """
 

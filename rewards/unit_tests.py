@@ -1,8 +1,8 @@
 """
-The reward: 1 if every unit test passes, minus a price for every generated token.
+The reward: 1 if every unit test passes, minus a penalty per generated token.
 
 A TRL reward function, so it plugs into `GRPOTrainer`, `RLOOTrainer` and the trainers of this project alike. The tests
-run in the sandbox, never in the caller's process. Not covered: partial credit, which stands in `shaping.py`.
+run in the sandbox, never in the caller's process. Not covered: partial credit, which is in `shaping.py`.
 """
 
 import functools

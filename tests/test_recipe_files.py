@@ -175,7 +175,7 @@ def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path):
     (tmp_path / "run" / "adapter_model.safetensors").touch()
     directory("{}").finish()
     assert directory("{}").finished
-    with pytest.raises(SystemExit, match="holds another run .the content of its dataset was another one.: choose"):
+    with pytest.raises(SystemExit, match="holds another run .its dataset had different content.: choose"):
         directory("{} ")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     del record["settings"]["dataset_sha256"]

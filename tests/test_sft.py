@@ -72,7 +72,7 @@ def test_the_stage_trains_on_samples_and_tells_them_apart(tmp_path, tiny_folder,
     config.write_text(yaml.safe_dump(fields | {"samples": str(tmp_path)}))
     monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(config)])
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    with pytest.raises(SystemExit, match="holds no samples of a run of the stage 'preferences' that ended"):
+    with pytest.raises(SystemExit, match="holds no samples of a finished run of the stage 'preferences'"):
         sft.main()
     (tmp_path / "summary.json").write_text("{}")
     sft.main()

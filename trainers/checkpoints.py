@@ -61,7 +61,7 @@ def shared_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 class CompleteCheckpoints:
-    """Write checkpoints that are complete or absent. A mixin that comes before the trainer among the bases."""
+    """A mixin that writes checkpoints which are complete or absent. It precedes the trainer among the bases."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
@@ -138,8 +138,8 @@ class CompleteCheckpoints:
 
 class ContinuedRollouts:
     """
-    Resume in the middle of a rollout's epochs and draw tasks in the order of an uninterrupted run. A mixin for TRL's
-    rollout trainers.
+    A mixin for TRL's rollout trainers that resumes in the middle of a rollout's epochs and draws tasks in the order of
+    an uninterrupted run.
     """
 
     def _get_train_sampler(self, dataset=None):

@@ -32,9 +32,9 @@ class PolicyGradientConfig(RLOOConfig):
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to recompute activations in the backward to save memory. If not set, `False` on a CPU, "
-            "where log-probabilities need less memory without it than TRL's with it, `True` where FSDP or DeepSpeed "
-            "shards the model, and on one GPU `True` if the activations of a micro-batch take more than half of the "
+            "help": "Whether to recompute activations in the backward to save memory. If not set: `False` on a CPU, "
+            "where these trainers need less memory without it than TRL's with it; `True` if FSDP or DeepSpeed "
+            "shards the model; on one GPU `True` if the activations of a micro-batch take more than half of the "
             "memory that is free once the weights are loaded. They are estimated as layers * (8 * intermediate_size + "
             "22 * hidden_size) bytes a token in 16 bits, for `per_device_train_batch_size` times the longest prompt "
             "and `max_completion_length`: 1.4 MB a token for 0.5B, so 17 GB for 32 completions of 128 tokens after "
@@ -51,8 +51,8 @@ class PolicyGradientConfig(RLOOConfig):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Whether a loss that is not finite is left out of the logged mean. Such a loss ends a run unless "
-            "it computes in fp16, and looking for it once more would wait for the GPU after every micro-batch."
+            "help": "Whether a loss that is not finite is left out of the logged mean. Such a loss ends a run, except "
+            "in fp16, and checking again would wait for the GPU after every micro-batch."
         },
     )
     disable_dropout: bool = field(
@@ -72,7 +72,7 @@ class PolicyGradientConfig(RLOOConfig):
     drop_uninformative_groups: bool = field(
         default=False,
         metadata={
-            "help": "Whether to leave out prompts whose completions all pass or all fail: of the advantages, the loss "
+            "help": "Whether prompts whose completions all pass or all fail are left out of the advantages, the loss "
             "and its forward and backward. Such a group teaches length at most. Rewards that log no `verdict` (all but "
             "`UnitTestReward`) are compared instead. The loss is the mean over the completions that are left."
         },
@@ -81,8 +81,8 @@ class PolicyGradientConfig(RLOOConfig):
         default=0.0,
         metadata={
             "help": "Lower bound on the standard deviation that normalized advantages are divided by. In a batch "
-            "without a pass, rewards differ by the length penalty alone, and a division by so small a deviation trains "
-            "on length at full size."
+            "without a pass, rewards differ only by the length penalty, and dividing by so small a value gives a "
+            "full-size update on length."
         },
     )
 
@@ -94,7 +94,7 @@ class PolicyGradientConfig(RLOOConfig):
         },
     )
     vllm_importance_sampling_clip_max: float = field(
-        default=3.0, metadata={"help": "Upper bound of these ratios, which are of whole completions."}
+        default=3.0, metadata={"help": "Upper bound of vLLM's correction ratios, one per completion."}
     )
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 """
 Decide where a run computes, and hand out what is fast there.
 
-The rest of the trainers, and the recipes, ask this module and never the hardware. The CPU's kernels stand in `cpu/`.
+The rest of the trainers, and the recipes, ask this module and never the hardware. The CPU's kernels are in `cpu/`.
 """
 
 import functools

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class SignalWatch:
-    """Warn once when several rollouts in a row carry no signal."""
+    """A watch that warns once when several rollouts in a row carry no signal."""
 
     def __init__(self):
         self._recent = deque(maxlen=NUM_ROLLOUTS)
@@ -23,8 +23,8 @@ class SignalWatch:
 
         Args:
             outcomes (`list[bool]` or `list[float]`):
-                Of each completion whether it passes, or its reward where that is not known. Not its reward if passes
-                are known: with a length penalty the rewards of completions that all fail differ as well.
+                For each completion, whether it passes, or its reward if that is not known. Rewards say less: with a
+                length penalty they differ among completions that all fail, too.
             group_size (`int` or `None`):
                 How many neighbours are compared with each other; `None` if no baseline is subtracted, so that all
                 completions of all rollouts are.

@@ -26,7 +26,7 @@ def activation_bytes(
     config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype = torch.bfloat16, checkpointing: bool = False
 ) -> int | None:
     """
-    Estimate what the backward of a forward keeps.
+    Estimate what a forward saves for backward.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):

@@ -9,7 +9,7 @@ def micro_batches(
     """
     Split a rollout into shuffled micro-batches without needless padding.
 
-    Within one optimizer step, the completions of a prompt and prompts of similar length stand together, which saves
+    Within one optimizer step, the completions of a prompt and prompts of similar length are placed together. This saves
     padding and repeated prompts and changes no sum.
 
     Args:

@@ -40,7 +40,7 @@ def print_progress_lines(trainer: Trainer) -> None:
 
 class ProgressLine(TrainerCallback):
     """
-    Print one line for each log entry: step, the stage's main metrics, seconds a step, time left.
+    A callback that prints one line per log entry: step, the stage's main metrics, seconds a step, time left.
 
         step   12/30   pass rate 0.41   tokens 85.3   reward 0.378   22.4 s   7 min left
 
@@ -112,7 +112,7 @@ def print_completions(logs: Mapping[str, Any], step: int, num_completions: int |
 
 
 def _text(entry: str | list[dict]) -> str:
-    """A prompt or a completion for people, of several messages with their roles."""
+    """A prompt or a completion as text; several messages are shown with their roles."""
     if isinstance(entry, str):
         text = entry
     elif len(entry) == 1:

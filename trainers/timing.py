@@ -10,7 +10,7 @@ import torch
 
 class PhaseTimer:
     """
-    Time phases that may be nested; the seconds of an inner phase do not count for the outer one.
+    A timer of phases that may be nested; the seconds of an inner phase do not count for the outer one.
 
     An accelerator works behind the host, so its phases are timed with events in its queue. Nothing waits for them until
     [`~PhaseTimer.seconds`] is called.

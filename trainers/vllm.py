@@ -150,7 +150,7 @@ def padded(logps: list[list[float]], completion_ids: torch.Tensor) -> torch.Tens
 
 def correct_for_sampler(inputs: dict, per_token_logps: torch.Tensor, clip_max: float) -> dict[str, torch.Tensor]:
     """
-    Multiply advantages, and with them the losses of completions, by how much the policy prefers them over the sampler.
+    Multiply each completion's advantage, and so its loss, by its probability ratio of policy to sampler.
 
     The ratios are of whole completions' probabilities under the policy of the rollout. They are taken once: what they
     are computed from is removed.

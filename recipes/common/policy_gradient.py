@@ -47,9 +47,7 @@ class RLArguments(TaskArguments):
         },
     )
     max_pass_rate: float = field(default=1.0, metadata={"help": "Train on tasks with at most this `pass_rate`."})
-    length_penalty: float = field(
-        default=0.01, metadata={"help": "What 100 generated tokens subtract from the reward, at least 0."}
-    )
+    length_penalty: float = field(default=0.01, metadata={"help": "Penalty per 100 generated tokens, at least 0."})
     penalize_failures: bool = field(
         default=True,
         metadata={"help": "Whether completions that fail pay the length penalty too. If not, every failure gets 0."},
@@ -91,8 +89,8 @@ def in_pass_rate(tasks: Dataset, minimum: float, maximum: float) -> Dataset:
         return tasks
     if "pass_rate" not in tasks.column_names:
         raise SystemExit(
-            "min_pass_rate and max_pass_rate: the tasks have no column 'pass_rate': let recipes/check_tasks.py write "
-            "it, with a policy, or take the tasks.jsonl of recipes/preferences.py"
+            "min_pass_rate and max_pass_rate: the tasks have no column 'pass_rate': run recipes/check_tasks.py with "
+            "a policy, or use the tasks.jsonl of recipes/preferences.py"
         )
     within = tasks.filter(lambda task: task["pass_rate"] is not None and minimum <= task["pass_rate"] <= maximum)
     if not len(within):

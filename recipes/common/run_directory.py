@@ -185,6 +185,6 @@ def _difference(found: dict, wanted: dict) -> str:
     different = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     name = min(different, key=lambda name: name.endswith("_sha256"))  # a field that somebody wrote says more
     if name.endswith("_sha256") and name in old and name in new:
-        return f"the content of its {name.removesuffix('_sha256')} was another one"
+        return f"its {name.removesuffix('_sha256')} had different content"
     before, now = (repr(settings[name]) if name in settings else "none" for settings in (old, new))
     return f"with {name} {before} where this one has {now}"

@@ -131,7 +131,7 @@ def results_table(results: list[str]) -> str:
         is_comparable = folder != results[0] and own.keys() == first.keys()
         if is_comparable and not are_of_one_file(m, metrics[0]):
             is_comparable = False
-            notes.append(f"{name} has no gain: its task file has another content than that of the first row")
+            notes.append(f"{name} has no gain: its task file has different content from the first row's")
         num_invalid, num_samples = m["verdicts"].get("invalid", 0), sum(m["verdicts"].values())
         if num_invalid > MAX_INVALID * num_samples:
             notes.append(

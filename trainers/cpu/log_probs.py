@@ -126,7 +126,7 @@ def _scored_states(model, input_ids, attention_mask, labels) -> torch.Tensor:
     """
     Hidden states of the positions that predict a label, shape (number of labels, hidden), in row order.
 
-    The batch is run as one packed row without padding, in which a prompt that several rows share stands once.
+    The batch is run as one packed row without padding, in which a prompt that several rows share appears once.
     """
     device = input_ids.device
     packed, positions, segments = [], [], []

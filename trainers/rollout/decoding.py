@@ -14,8 +14,8 @@ def decode_completions(
     A tokenizer in the manner of Llama's drops the leading space of whatever it decodes, so a completion decoded alone
     loses the first space of its indentation.
 
-    Some chat templates open a thought in the prompt. Its tag is then put before the text, so that a reader of the text
-    alone knows what is a thought, and a thought that does not end for no answer.
+    Some chat templates open a thought in the prompt. Its tag is then put before the text, so that the text alone
+    shows what is a thought, and that an unclosed thought is no answer.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):

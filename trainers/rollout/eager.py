@@ -65,7 +65,7 @@ def eager_completions(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, in eval mode.
         prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token:
-            As of [`generate_completions`].
+            As in [`generate_completions`].
 
     Returns:
         `list[list[int]]`: Each completion's token ids.

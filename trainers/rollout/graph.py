@@ -331,7 +331,7 @@ def graph_completions(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, in eval mode.
         prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token:
-            As of [`generate_completions`].
+            As in [`generate_completions`].
         use_graph (`bool`, *optional*):
             Whether to capture the token step. If not set, `True` on CUDA, which alone can.
 
