@@ -13,10 +13,12 @@ from peft import LoraConfig
 from safetensors.torch import load
 from transformers import TrainerCallback
 
+from recipes.common.provenance import training_log
 from rewards import UnitTestReward
 from sandbox import Sandbox
 from trainers import PPOClipTrainer, ReinforceTrainer, generate_completions
 from trainers.learning_signal import SignalWatch, collapse
+from trainers.progress import print_progress_lines
 
 PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b"]
 
@@ -70,6 +72,27 @@ def test_rewards_run_where_trl_runs_them(tmp_path, tiny_model):
         asyncio.set_event_loop(None)
         loop.close()
     assert trainer.state.log_history[0]["reward"] == 6.0
+
+
+def test_a_step_in_which_nothing_was_scored_is_logged_and_read_again(tmp_path, tiny_model, capsys):
+    """TRL logs None for the mean of nothing: no verdict, or the standard deviation of a single reward."""
+    rewards = iter([None, 0.5])
+    trainer = build(
+        ReinforceTrainer,
+        tiny_model,
+        tmp_path,
+        lambda completions, **kwargs: [next(rewards)],
+        per_device_train_batch_size=1,
+        max_steps=2,
+    )
+    print_progress_lines(trainer)
+    trainer.train()
+    trainer.save_state()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert ["reward" in line for line in lines] == [False, True]
+    log = training_log(str(tmp_path))
+    assert [entry.get("reward") for entry in log[:2]] == [None, 0.5]
+    assert "reward_std" not in log[1]
 
 
 def test_several_rewards_with_weights_some_async_some_silent(tmp_path, tiny_model):
@@ -266,6 +289,7 @@ def test_groups_that_all_pass_or_all_fail_are_noticed_under_a_length_penalty(tmp
             {"eval_pass_rate": "fell from 45.0% to 29.0%"},
         ),
         ([{"loss": 1.0}], {}),
+        ([{"entropy": None, "eval_pass_rate": None}] * 10, {}),
     ],
 )
 def test_a_collapse_is_seen_in_the_log(log_history, messages):

@@ -69,14 +69,14 @@ def collapse(log_history: list[dict]) -> dict[str, str]:
         first five. Entropy falls in runs that learn well, too.
     """
     warnings = {}
-    pass_rates = [entry["eval_pass_rate"] for entry in log_history if "eval_pass_rate" in entry]
+    pass_rates = _values(log_history, "eval_pass_rate")
     if pass_rates and pass_rates[-1] < 2 / 3 * max(pass_rates):
         warnings["eval_pass_rate"] = (
             f"the policy may be collapsing: the validation pass rate fell from {max(pass_rates):.1%} to "
             f"{pass_rates[-1]:.1%}. Lower learning_rate, set beta above 0, or stop earlier; load_best_model_at_end "
             "with metric_for_best_model: eval_pass_rate keeps the best checkpoint"
         )
-    entropies = [entry["entropy"] for entry in log_history if "entropy" in entry]
+    entropies = _values(log_history, "entropy")
     first, latest = entropies[:NUM_ENTROPIES], entropies[-NUM_ENTROPIES:]
     if len(entropies) >= 2 * NUM_ENTROPIES and mean(latest) < mean(first) / 2:
         warnings["entropy"] = (
@@ -85,3 +85,8 @@ def collapse(log_history: list[dict]) -> dict[str, str]:
             "(eval_strategy: steps). If it falls, lower learning_rate, set beta above 0, or stop earlier"
         )
     return warnings
+
+
+def _values(log_history: list[dict], name: str) -> list[float]:
+    """Return a metric's values. TRL logs the mean of nothing as None."""
+    return [entry[name] for entry in log_history if entry.get(name) is not None]

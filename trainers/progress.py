@@ -66,7 +66,7 @@ class ProgressLine(TrainerCallback):
         shown = {}
         for name, title in COLUMNS.items():
             # The loss of a policy gradient says nothing about progress
-            if name in logs and title not in shown and not (name == "loss" and "reward" in logs):
+            if logs.get(name) is not None and title not in shown and not (name == "loss" and "reward" in logs):
                 shown[title] = f"{title} {float(logs[name]):.3g}"
         parts += shown.values()
         if not is_evaluation and step > self._last_step:

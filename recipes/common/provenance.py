@@ -35,9 +35,9 @@ def training_log(adapter: str) -> list[dict]:
     path = Path(adapter) / "trainer_state.json"
     if not path.is_file():
         return []
-    names = [*LOGGED, *(f"eval_{name}" for name in LOGGED)]
+    names = [*LOGGED, *(f"eval_{name}" for name in LOGGED)]  # TRL logs a mean of nothing as None
     return [
-        {"step": entry["step"]} | {name: float(f"{entry[name]:.6g}") for name in names if name in entry}
+        {"step": entry["step"]} | {name: float(f"{entry[name]:.6g}") for name in names if entry.get(name) is not None}
         for entry in json.loads(path.read_text())["log_history"]
     ]
 
