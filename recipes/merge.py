@@ -58,9 +58,6 @@ class MergeArguments:
     """What is merged and where it is written."""
 
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "Directory of the adapter."})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The base. If not set, the one that the adapter's configuration names."}
-    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Directory to write. It must not exist; its last part names the model."}
     )
@@ -79,7 +76,7 @@ def main() -> None:
     if output.exists():
         raise SystemExit(f"output_dir {output} exists: choose another, or remove it if it is not needed")
     table = results_table(args.results) if args.results else ""
-    base = args.model_name_or_path or adapter_base(args.adapter_name_or_path)
+    base = adapter_base(args.adapter_name_or_path)
     model_args = ModelConfig(model_name_or_path=base, dtype="auto")
     check_policy(model_args, args.adapter_name_or_path)
     check_merge(str(model_args.model_name_or_path), args.adapter_name_or_path)
@@ -130,9 +127,8 @@ def check_merge(base: str, adapter: str) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise SystemExit(
-            f"the weights of {base} are quantised ({method}), and an adapter cannot be added to them: set "
-            "model_name_or_path to the model that they were quantised from, and the same in the adapter's "
-            f"{CONFIG}"
+            f"the weights of {base} are quantised ({method}), and an adapter cannot be added to them: write the model "
+            f"that they were quantised from into base_model_name_or_path of the adapter's {CONFIG}"
         )
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     tied = [name for name in targets if name.split(".")[-1] in ("lm_head", "embed_tokens")]

@@ -190,6 +190,11 @@ def test_bad_policies_are_refused(tmp_path, tiny_folder):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "other/base"}')
     with pytest.raises(SystemExit, match="was trained on the base other/base, and model_name_or_path is"):
         check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
+    with pytest.raises(SystemExit, match="holds an adapter, and a base is needed: write it as adapter_name_or_path"):
+        check_policy(ModelConfig(model_name_or_path=str(tmp_path)))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/moved"}')
+    with pytest.raises(SystemExit, match="the base /models/moved of the adapter in .* write its new place into base_m"):
+        check_policy(ModelConfig(model_name_or_path=str(tiny_folder)), adapter=str(tmp_path))
 
 
 def test_bad_extra_tests_are_refused(tmp_path):

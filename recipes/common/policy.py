@@ -44,12 +44,16 @@ def model_path(model_name_or_path: str | None) -> str:
         return model_name_or_path
     if os.path.basename(model_name_or_path) == DEFAULT_MODEL:
         return str(default_model())  # also where an adapter names its path on another machine
-    if model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/", "~")):
+    if not _is_hub_id(model_name_or_path):
         raise SystemExit(
             f"model_name_or_path: there is no directory {model_name_or_path!r}, and a Hub id has the form owner/name "
             f"(the default model is called {DEFAULT_MODEL})"
         )
     return model_name_or_path
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def adapter_base(adapter: str) -> str:
@@ -64,12 +68,18 @@ def adapter_base(adapter: str) -> str:
         `str`: The base's directory or Hub id, as the adapter's configuration names it.
 
     Raises:
-        SystemExit: There is no adapter in the directory.
+        SystemExit: There is no adapter in the directory, or its base is not where it was.
     """
     path = Path(adapter) / "adapter_config.json"
     if not path.is_file():
         raise SystemExit(f"there is no adapter in {adapter!r} (no {path.name}): has the stage that writes it finished?")
-    return json.loads(path.read_text())["base_model_name_or_path"]
+    base = json.loads(path.read_text())["base_model_name_or_path"]
+    if not os.path.isdir(base) and os.path.basename(base) != DEFAULT_MODEL and not _is_hub_id(base):
+        raise SystemExit(
+            f"the base {base} of the adapter in {adapter} is not there: if it has moved, write its new place into "
+            f"base_model_name_or_path of {path}"
+        )
+    return base
 
 
 def split_off_adapter(model_args: ModelConfig) -> str | None:
@@ -131,6 +141,11 @@ def check_policy(model_args: ModelConfig, adapter: str | None = None, generates_
         _store_4bit_as(dtype, model_args)
     base = adapter_base(adapter) if adapter else None
     model_args.model_name_or_path = model_path(model_args.model_name_or_path)
+    if Path(model_args.model_name_or_path, "adapter_config.json").is_file():
+        raise SystemExit(
+            f"model_name_or_path: {model_args.model_name_or_path} holds an adapter, and a base is needed: write it as "
+            "adapter_name_or_path. A stage without this field takes it merged, by recipes/merge.py"
+        )
     if base and os.path.realpath(model_path(base)) != os.path.realpath(model_args.model_name_or_path):
         raise SystemExit(
             f"adapter_name_or_path: {adapter} was trained on the base {base}, and model_name_or_path is "
