@@ -93,7 +93,7 @@ def test_greedy_tokens_of_other_architectures_are_transformers(settings, prompt_
     model = AutoModelForCausalLM.from_config(config).eval()
     assert why_not_covered(model) is None
     arguments = (model, prompt_ids, MANY_EOS, 24, 0.0, 1.0, 0)
-    assert graph_completions(*arguments) == generate._transformers_completions(*arguments, on_token=None)
+    assert graph_completions(*arguments) == generate._transformers_completions(*arguments, on_ended=None)
 
 
 def test_the_present_adapter_is_computed_and_its_masters_are_untouched(tiny_model, prompt_ids):
@@ -257,7 +257,7 @@ def test_a_failed_capture_names_the_way_without(tiny_model, prompt_ids, pretende
 def test_progress_counts_rows_that_end(tiny_model, prompt_ids):
     ended = []
     tiny_model.eval()
-    completions = graph_completions(tiny_model, prompt_ids, MANY_EOS, 40, temperature=0, on_token=ended.append)
+    completions = graph_completions(tiny_model, prompt_ids, MANY_EOS, 40, temperature=0, on_ended=ended.append)
     assert sum(ended) == sum(completion[-1] in MANY_EOS for completion in completions)
     assert len(ended) == -(-max(map(len, completions)) // graph.CHECK_EVERY)
 
@@ -362,7 +362,7 @@ def test_another_accelerator_decodes_with_transformers_and_says_so_once(
     pretended_device("mps")
     ended = []
     for _ in range(2):
-        assert generate_completions(tiny_model, prompt_ids, MANY_EOS, 24, 0.0, on_token=ended.append) == expected
+        assert generate_completions(tiny_model, prompt_ids, MANY_EOS, 24, 0.0, on_ended=ended.append) == expected
     assert sum(ended) == 2 * sum(completion[-1] in MANY_EOS for completion in expected)
     assert tiny_model.generation_config.to_dict() == models_own
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("trainers")]

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicLayer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicLayer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from trainers import generate_completions
 from trainers.adapters import adapter_in_base_dtype
@@ -24,6 +31,21 @@ def test_greedy_batch_equals_one_by_one_and_transformers(tiny_model, tiny_tokeni
         )
         assert completion == expected[0, len(ids) :].tolist()
     assert len({len(completion) for completion in batched}) > 2
+
+
+def test_a_model_with_a_state_decodes_with_transformers(caplog):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"], vocab_size=64, initializer_range=0.3)
+    model = Lfm2ForCausalLM(config).eval()
+    prompt_ids, eos = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7]], [57]
+    completions = generate_completions(model, prompt_ids, eos, 8, temperature=0)
+    for ids, completion in zip(prompt_ids, completions, strict=True):
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=0
+        )
+        assert completion == expected[0, len(ids) :].tolist()
+    assert "lfm2 decodes with transformers' `generate`, which is slower: some of its layers keep a state" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -119,5 +141,5 @@ def test_a_rollout_leaves_the_hooks_by_which_ddp_averages_gradients(tiny_model, 
 def test_progress_counts_rows_that_end(tiny_model, tiny_tokenizer):
     prompt_ids = tiny_tokenizer(PROMPTS)["input_ids"]
     ended = []
-    completions = generate_completions(tiny_model, prompt_ids, [1], 5, temperature=0, on_token=ended.append)
+    completions = generate_completions(tiny_model, prompt_ids, [1], 5, temperature=0, on_ended=ended.append)
     assert sum(ended) == sum(completion[-1] == 1 for completion in completions)

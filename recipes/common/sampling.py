@@ -80,7 +80,7 @@ def complete(
             max_completion_length=args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
-            on_token=bar.update,
+            on_ended=bar.update,
         )
         end += len(rows)
         bar.update(end - bar.n)  # those cut off at the length limit

@@ -3,13 +3,14 @@ The decoding loop for CPUs: one forward a token-step, over the rows that have no
 
 Beyond a plain `generate`, and without changing the distribution: a prompt that repeats in the batch is prefilled once,
 finished rows leave the batch (once they are an eighth of it), the LM head sees last positions only, and the cache is
-not copied at every step. Not covered: beam search, repetition penalties and encoder-decoder models.
+not copied at every step. Not covered: beam search, repetition penalties, and models whose layers keep a state.
 """
 
 from collections.abc import Callable
 
 import torch
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..adapters import adapter_in_base_dtype, base_model
 from ..device import fast_linears
@@ -48,6 +49,23 @@ class _RoomyLayer(DynamicLayer):
         self._buffers = None  # the remaining rows are a copy without free space
 
 
+def why_not_covered(base: PreTrainedModel) -> str | None:
+    """
+    Return why this loop does not cover a model.
+
+    Args:
+        base ([`~transformers.PreTrainedModel`]):
+            The base model, not wrapped by PEFT.
+
+    Returns:
+        `str` or `None`: The reason, or `None` if it covers it.
+    """
+    layers = DynamicCache(config=base.config).layers
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return "some of its layers keep a state, of which rows cannot be selected"
+    return None
+
+
 def eager_completions(
     model: PreTrainedModel,
     prompt_ids: list[list[int]],
@@ -56,7 +74,7 @@ def eager_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    on_token: Callable[[int], None] | None = None,
+    on_ended: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """
     Complete a batch of prompts as [`generate_completions`] does, which calls this.
@@ -64,7 +82,7 @@ def eager_completions(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, in eval mode.
-        prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token:
+        prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_ended:
             As in [`generate_completions`].
 
     Returns:
@@ -101,8 +119,8 @@ def eager_completions(
                     completions[row].append(token)
             num_going = int(going.sum())
             going = going & ~torch.isin(tokens, eos)
-            if on_token is not None:
-                on_token(num_going - int(going.sum()))
+            if on_ended is not None:
+                on_ended(num_going - int(going.sum()))
             if step + 1 == max_completion_length or not going.any():
                 break
             if int(going.sum()) <= (1 - MAX_ENDED) * len(live):

@@ -9,8 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..adapters import adapter_in_base_dtype, base_model
 from ..device import decoding_loop
-from .eager import eager_completions
-from .graph import graph_completions, why_not_covered
+from . import eager, graph
 from .prefill import pad_left
 
 logger = logging.getLogger(__name__)
@@ -25,13 +24,13 @@ def generate_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    on_token: Callable[[int], None] | None = None,
+    on_ended: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """
     Complete a batch of prompts.
 
-    A CPU has a loop of its own (`eager.py`), and so has CUDA (`graph.py`). Models that the latter does not cover, and
-    other accelerators, are left to transformers' `generate`, which the log says once.
+    A CPU has a loop of its own (`eager.py`), and so has CUDA (`graph.py`). Models that these do not cover, and other
+    accelerators, are left to transformers' `generate`, which the log says once.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -48,7 +47,7 @@ def generate_completions(
             See [`sample_tokens`].
         top_k (`int`, *optional*, defaults to `0`):
             See [`sample_tokens`].
-        on_token (`Callable[[int], None]`, *optional*):
+        on_ended (`Callable[[int], None]`, *optional*):
             Called with the number of rows that ended, for a progress bar: on a CPU after each token step, on CUDA
             after several, and by transformers' `generate` once.
 
@@ -57,16 +56,18 @@ def generate_completions(
     """
     base = base_model(model)
     loop, reason = decoding_loop(base.get_output_embeddings().weight.device)
-    if loop == "graph" and (reason := why_not_covered(base)):
-        loop = "transformers"
-    if loop == "transformers":
+    if loop != "transformers":
+        reason = {"eager": eager, "graph": graph}[loop].why_not_covered(base)
+    if reason is None:
+        complete = {"eager": eager.eager_completions, "graph": graph.graph_completions}[loop]
+    else:
         _warn_once(f"{base.config.model_type} decodes with transformers' `generate`, which is slower: {reason}")
-    complete = {"eager": eager_completions, "graph": graph_completions, "transformers": _transformers_completions}[loop]
+        complete = _transformers_completions
     was_training = model.training
     model.eval()
     try:
         return complete(
-            model, prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token=on_token
+            model, prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_ended=on_ended
         )
     finally:
         model.train(was_training)
@@ -78,7 +79,7 @@ def _warn_once(message: str) -> None:
 
 
 def _transformers_completions(
-    model, prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token
+    model, prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_ended
 ) -> list[list[int]]:
     base = base_model(model)
     input_ids, mask = pad_left(prompt_ids, base.get_output_embeddings().weight.device)
@@ -99,6 +100,6 @@ def _transformers_completions(
     for ids in output[:, input_ids.size(1) :].tolist():
         length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
         completions.append(ids[:length])
-    if on_token is not None:
-        on_token(sum(ids[-1] in ends for ids in completions))
+    if on_ended is not None:
+        on_ended(sum(ids[-1] in ends for ids in completions))
     return completions

@@ -249,7 +249,7 @@ class TokenStep:
         self.num_drawn.zero_()
         self.draw(torch.cat(all_logits)[torch.cat(all_rows).argsort()])
 
-    def decode(self, base: PreTrainedModel, max_tokens: int, on_token: Callable[[int], None] | None) -> list[list[int]]:
+    def decode(self, base: PreTrainedModel, max_tokens: int, on_ended: Callable[[int], None] | None) -> list[list[int]]:
         """
         Draw tokens until every row has ended.
 
@@ -258,7 +258,7 @@ class TokenStep:
                 The base model.
             max_tokens (`int`):
                 Maximum tokens of a row, the first one included.
-            on_token (`Callable[[int], None]`, *optional*):
+            on_ended (`Callable[[int], None]`, *optional*):
                 Called now and then with the number of rows that ended since.
 
         Returns:
@@ -272,8 +272,8 @@ class TokenStep:
                 self.run(base)
             if num_drawn % CHECK_EVERY == 0 or num_drawn == max_tokens:
                 ended = int(self.ended[: self.num_prompts].sum())
-                if on_token is not None:
-                    on_token(ended - num_ended)
+                if on_ended is not None:
+                    on_ended(ended - num_ended)
                 num_ended = ended
                 if ended == self.num_prompts:
                     break
@@ -321,7 +321,7 @@ def graph_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    on_token: Callable[[int], None] | None = None,
+    on_ended: Callable[[int], None] | None = None,
     use_graph: bool | None = None,
 ) -> list[list[int]]:
     """
@@ -330,7 +330,7 @@ def graph_completions(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The policy, in eval mode.
-        prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_token:
+        prompt_ids, eos_token_ids, max_completion_length, temperature, top_p, top_k, on_ended:
             As in [`generate_completions`].
         use_graph (`bool`, *optional*):
             Whether to capture the token step. If not set, `True` on CUDA, which alone can.
@@ -357,7 +357,7 @@ def graph_completions(
         completions = []
         for first in range(0, len(prompt_ids), rows):
             step.prefill(base, prompt_ids[first : first + rows])
-            completions += step.decode(base, max_completion_length, on_token)
+            completions += step.decode(base, max_completion_length, on_ended)
         kept.forget_large_steps(device)
     return completions
 
