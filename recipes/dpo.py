@@ -29,7 +29,13 @@ from recipes.common.run_directory import RunDirectory
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config
 
-from trainers import CompleteCheckpoints, decode_completions, keep_adapter_in_fp32, use_fast_log_probs
+from trainers import (
+    CompleteCheckpoints,
+    adapter_values,
+    decode_completions,
+    keep_adapter_in_fp32,
+    use_fast_log_probs,
+)
 from trainers.device import avoid_cudnn_attention
 from trainers.progress import print_progress_lines
 
@@ -169,7 +175,7 @@ def main() -> None:
 
     checkpoint = run.start()
     model = load_policy(model_args, args.device, stage.adapter_name_or_path)
-    adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = adapter_values(model)
     trainer = PairTrainer(
         model,
         args=args,

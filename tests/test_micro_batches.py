@@ -30,9 +30,9 @@ def test_every_row_is_in_one_micro_batch_without_padding():
 
 @pytest.mark.parametrize("num_kept", [5, 2, 0])
 def test_rows_that_are_not_kept_are_left_out_and_the_loss_is_the_mean_of_the_others(num_kept):
-    is_kept = torch.arange(8) < num_kept
-    batches = micro_batches(rollout(8) | {"is_kept": is_kept}, num_batches=4, num_steps=1)
-    assert len(batches) == 4 and all("is_kept" not in batch for batch in batches)
+    weights = (torch.arange(8) < num_kept) * 8 / max(1, num_kept)
+    batches = micro_batches(rollout(8) | {"weights": weights}, num_batches=4, num_steps=1)
+    assert len(batches) == 4 and all("weights" not in batch for batch in batches)
     rows = [row for batch in batches if batch["loss_weight"] > 0 for row in batch["advantages"].tolist()]
     assert sorted(rows) == list(range(num_kept))
     mean = sum(batch["advantages"].mean() * batch["loss_weight"] for batch in batches) / 4

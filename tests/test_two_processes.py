@@ -50,7 +50,7 @@ def ddp(tmp_path_factory, tiny_folder):
     return output_dir, launch(launcher, "ddp", tiny_folder, output_dir)
 
 
-@pytest.mark.parametrize("stage", ["reinforce", "ppo_clip"])
+@pytest.mark.parametrize("stage", ["reinforce", "ppo_clip", "drop_groups"])
 def test_two_processes_make_the_step_of_one_with_the_doubled_batch(tmp_path, tiny_folder, ddp, stage):
     log = train(stage, tiny_folder, tmp_path / "one", per_device_train_batch_size=4)
     assert log[0]["grad_norm"] > 0

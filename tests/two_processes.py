@@ -26,7 +26,8 @@ from trainers import (
 )
 from trainers.vllm import merged_parameters
 
-PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "b", "c = ", "def g():\n", "x", "y = [1, 2]\n"]
+DROP_GROUPS = {"max_steps": 2, "num_generations": 2, "baseline": "group", "drop_uninformative_groups": True}
+PROMPTS = ["def f(x):\n", "a = 1\n", "import re\n", "bb", "c = ", "def g():\n", "x", "y = [1, 2]\n"]
 RANK = int(os.environ.get("RANK", 0))
 
 
@@ -56,16 +57,20 @@ def configure(config_class, output_dir, per_device_train_batch_size, **settings)
 
 
 def build(stage, folder, output_dir, per_device_train_batch_size):
-    """Build the trainer of a stage, for which completions depend on the prompt, not on the process."""
+    """Build the trainer of a stage, for which completions depend on prompt and place, not on the process."""
     default_class, config_class, settings = {
         "reinforce": (ReinforceTrainer, ReinforceConfig, {"max_steps": 2, "baseline": "batch"}),
         "ppo_clip": (PPOClipTrainer, PPOClipConfig, {"max_steps": 4, "num_iterations": 2}),
+        "drop_groups": (ReinforceTrainer, ReinforceConfig, DROP_GROUPS),
     }[stage]
 
     class Trainer(default_class):
         def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+            # Two completions of a prompt differ, but not those of the prompt of one token: a group of one reward
+            shifts = [row % 2 if len(ids) > 1 else 0 for row, ids in enumerate(prompt_ids)]
             return [
-                [2 + (token * 37 + i) % 200 for i, token in enumerate(ids * 2)][: 3 + ids[0] % 4] for ids in prompt_ids
+                [2 + (token * 37 + i + 2 * shift) % 200 for i, token in enumerate(ids * 2)][: 3 + ids[0] % 4]
+                for ids, shift in zip(prompt_ids, shifts, strict=True)
             ]
 
     torch.manual_seed(0)
@@ -168,7 +173,7 @@ if __name__ == "__main__":
     task, folder, output_dir = sys.argv[1], sys.argv[2], Path(sys.argv[3]).absolute()
     outcome = {}
     if task == "ddp":
-        for stage in ("reinforce", "ppo_clip"):
+        for stage in ("reinforce", "ppo_clip", "drop_groups"):
             train(stage, folder, output_dir / stage, per_device_train_batch_size=2)
         outcome["loss"] = loss_of_one_process(folder, output_dir / "nan")
         outcome |= run_directories(output_dir)

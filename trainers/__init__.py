@@ -1,6 +1,6 @@
 """The trainers: policy, tasks, rewards -> better policy."""
 
-from .adapters import keep_adapter_in_fp32
+from .adapters import adapter_values, keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, last_checkpoint
 from .device import run_device, supports_bf16, use_fast_log_probs
 from .ppo_clip import PPOClipConfig, PPOClipTrainer
@@ -17,6 +17,7 @@ __all__ = [
     "ReinforceTrainer",
     "decode_completions",
     "generate_completions",
+    "adapter_values",
     "keep_adapter_in_fp32",
     "last_checkpoint",
     "print_progress_lines",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -42,6 +43,22 @@ def has_plain_lm_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
+def adapter_values(policy: Any) -> dict[str, torch.Tensor]:
+    """
+    Copy the parameters of an adapter that is in training, before a trainer of TRL's casts them.
+
+    Args:
+        policy ([`~peft.PeftModel`], [`~transformers.PreTrainedModel`] or `str`):
+            What a trainer takes as its model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Copies by name; none of a base without an adapter.
+    """
+    if not isinstance(policy, PeftModel):
+        return {}
+    return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | None = None) -> None:
     """
     Make an adapter's trainable parameters fp32. TRL's trainers cast them to bf16 over a quantised base.
@@ -53,7 +70,7 @@ def keep_adapter_in_fp32(model: nn.Module, values: dict[str, torch.Tensor] | Non
         model ([`~peft.PeftModel`]):
             The policy.
         values (`dict[str, torch.Tensor]`, *optional*):
-            The parameters' values by name as they were before they were rounded; those not named keep their own.
+            [`adapter_values`] from before they were rounded; parameters not among them keep their own.
     """
     if is_deepspeed_zero3_enabled():
         for name, parameter in model.named_parameters():

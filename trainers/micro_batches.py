@@ -15,8 +15,8 @@ def micro_batches(
     Args:
         rollout (`dict[str, torch.Tensor]`):
             Tensors with one row a completion: `prompt_ids` (padded to the left), `completion_ids` (padded to the
-            right), their masks, `advantages` and whatever else the loss needs. Rows in which `is_kept` is `False`
-            are left out.
+            right), their masks, `advantages` and whatever else the loss needs. Rows whose `weights` are 0 are left
+            out; without `weights` all have the weight 1.
         num_batches (`int`):
             Number of micro-batches.
         num_steps (`int`):
@@ -25,16 +25,18 @@ def micro_batches(
             Whether columns that are padding in every row stay.
 
     Returns:
-        `list[dict[str, torch.Tensor]]`: The micro-batches, equal in size up to one row. With `is_kept` each has a
-        `loss_weight`, by which the mean over its rows is multiplied so that their sum is the mean over all kept rows.
-        A micro-batch for which no row is left has one of weight 0, because every process takes part in every backward.
+        `list[dict[str, torch.Tensor]]`: The micro-batches, equal in size up to one row. With `weights` each has a
+        `loss_weight`, by which the mean over its rows is multiplied, so that the mean over the micro-batches is the
+        weighted mean over the rollout. A micro-batch for which no row is left has one of weight 0, because every
+        process takes part in every backward.
     """
     rollout = dict(rollout)
-    is_kept = rollout.pop("is_kept", None)
+    weights = rollout.pop("weights", None)
     num_rows = len(rollout["advantages"])
     order = torch.randperm(num_rows)
-    if is_kept is not None:
-        order = order[is_kept.cpu()[order]]
+    if weights is not None:
+        weights = weights.cpu()
+        order = order[weights[order] > 0]
     prompts = [
         ids[mask].tolist() for ids, mask in zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)
     ]
@@ -42,11 +44,11 @@ def micro_batches(
     for step in order.tensor_split(num_steps):
         rows = torch.tensor(sorted(step.tolist(), key=lambda row: (len(prompts[row]), prompts[row])), dtype=torch.long)
         for chosen in rows.tensor_split(num_batches // num_steps):
-            weight = len(chosen) * num_batches / max(1, len(order))
+            weight = 1.0 if weights is None else weights[chosen].sum().item() * num_batches / num_rows
             if not len(chosen):
                 chosen = torch.zeros(1, dtype=torch.long)
             batch = {name: tensor[chosen] for name, tensor in rollout.items()}
-            if is_kept is not None:
+            if weights is not None:
                 batch["loss_weight"] = batch["advantages"].new_tensor(weight)
             batches.append(batch if keeps_padding else _without_padding(batch))
     return batches

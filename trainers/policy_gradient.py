@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapters import keep_adapter_in_fp32
+from .adapters import adapter_values, keep_adapter_in_fp32
 from .checkpoints import CompleteCheckpoints, ContinuedRollouts
 from .config import PolicyGradientConfig
 from .device import use_fast_log_probs
@@ -62,10 +62,7 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
                 "a quantised base cannot be trained after it has generated on a CPU (bitsandbytes repacks the weights "
                 "at the first generation, and the packed layers have no gradient): set load_in_4bit to false"
             )
-        is_adapter = isinstance(model, torch.nn.Module) and is_peft_model(model)
-        adapter = (
-            {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if is_adapter else {}
-        )
+        adapter = adapter_values(model)
         super().__init__(model, reward_funcs, args, *trainer_args, quantization_config=quantization_config, **kwargs)
         if is_peft_model(self.model):
             keep_adapter_in_fp32(self.model, adapter)
@@ -217,7 +214,9 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         first = self.accelerator.process_index * len(tasks)
         rollout["advantages"] = advantages[first : first + len(tasks)]
         if mode == "train" and self.args.drop_uninformative_groups:
-            rollout["is_kept"] = is_kept[first : first + len(tasks)]
+            # The mean over the rows that all processes keep, of which one may keep more than another
+            weights = is_kept.float() / is_kept.float().mean().clamp(min=1 / len(is_kept))
+            rollout["weights"] = weights[first : first + len(tasks)]
         del rollout["old_logps"]  # sums over whole completions
         if self.needs_old_logps:
             rollout["old_per_token_logps"] = logps[0]
