@@ -45,8 +45,9 @@ from recipes.common.arguments import (
 from recipes.common.policy import check_policy, load_tokenizer, split_off_adapter
 from recipes.common.prompts import format_tasks
 from recipes.common.run_directory import write_whole
+from recipes.common.samples import program_of
 from recipes.common.sampling import complete, load_sampler
-from rewards import reference_completion, task_program
+from rewards import reference_completion
 from sandbox import Program, Sandbox, Verdict
 from trainers import run_device
 
@@ -116,18 +117,20 @@ def main() -> None:
     for name, others in benchmarks.items():
         for task_id in overlaps(tasks, others):
             findings[task_id].append(f"overlaps with a test task of {name}")
-    rates: dict[str, float] = {}
+    rates: dict[str, float | None] = {}
     if has_policy:
         fit = asked.select([i for i, task_id in enumerate(asked["task_id"]) if not findings[task_id]])
         rates = pass_rates(fit, tokenizer, args, model_args, adapter) if len(fit) else {}
         for task_id, rate in rates.items():
-            if rate < args.min_pass_rate:
+            if rate is None:
+                findings[task_id].append("no completion can be judged")
+            elif rate < args.min_pass_rate:
                 findings[task_id].append("pass rate is below min_pass_rate")
             elif rate > args.max_pass_rate:
                 findings[task_id].append("pass rate is above max_pass_rate")
     print_findings(tasks, findings)
-    if rates:
-        print(f"mean pass rate of {len(rates)} tasks: {mean(rates.values()):.3f}")
+    if judged := [rate for rate in rates.values() if rate is not None]:
+        print(f"mean pass rate of {len(judged)} tasks: {mean(judged):.3f}")
     if args.output_file:
         good = [task for task in _rows(tasks) if not findings[task["task_id"]]]
         good = [task | {"pass_rate": rates[task["task_id"]]} if rates else task for task in good]
@@ -163,9 +166,7 @@ def check(tasks: Dataset, timeout: float) -> dict[str, list[str]]:
     for task in _rows(tasks):
         if task["canonical_solution"].strip():
             completion = reference_completion(task)
-            columns = task["test"], task["entry_point"], task.get("setup") or "", task.get("inline")
-            reference = task_program(task["prompt"], completion, *columns)
-            programs += [(task["task_id"], True, reference)] * NUM_RUNS
+            programs += [(task["task_id"], True, program_of(task, completion))] * NUM_RUNS
         programs += [(task["task_id"], False, program) for program in do_nothing(task)]
 
     verdicts: dict[str, dict[bool, list[Verdict]]] = {}
@@ -191,7 +192,7 @@ def pass_rates(
     args: CheckArguments,
     model_args: ModelConfig,
     adapter: str | None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """
     Sample a policy on tasks.
 
@@ -208,22 +209,21 @@ def pass_rates(
             Directory of the adapter on it.
 
     Returns:
-        `dict[str, float]`: Share of completions that pass, by task id.
+        `dict[str, float | None]`: Share of the completions that could be judged which pass, by task id; `None` without
+        any.
     """
     set_seed(args.seed)
     model = load_sampler(model_args, adapter)
     with tqdm(total=len(tasks) * args.num_generations, desc="Completing", unit="completion") as bar:
         samples = complete(model, tokenizer, tasks, args, bar)
     by_id = {task["task_id"]: task for task in _rows(tasks)}
-    programs = []
-    for sample in samples:
-        task = by_id[sample["task_id"]]
-        columns = task["test"], task["entry_point"], task["setup"], task.get("inline")
-        programs.append(task_program(task["prompt"], sample["completion"], *columns))
     with Sandbox(timeout=args.sandbox_timeout) as sandbox:
-        verdicts = sandbox.run(programs)
-    passed = Counter(sample["task_id"] for sample, verdict in zip(samples, verdicts, strict=True) if verdict.passed)
-    return {task_id: passed[task_id] / args.num_generations for task_id in by_id}
+        verdicts = sandbox.run(program_of(by_id[sample["task_id"]], sample["completion"]) for sample in samples)
+    passes = {task_id: [] for task_id in by_id}
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        if verdict.status != "invalid":
+            passes[sample["task_id"]].append(verdict.passed)
+    return {task_id: mean(ones) if ones else None for task_id, ones in passes.items()}
 
 
 def _judge(references: list[Verdict], nothings: list[Verdict], timeout: float) -> list[str]:
@@ -286,8 +286,9 @@ def overlaps(tasks: Dataset, others: Dataset) -> list[str]:
     return [
         task["task_id"]
         for task in _rows(tasks)
-        for words in known.get(task["entry_point"], [])
-        if len(words & _words(task["prompt"])) >= SIMILAR * len(words)
+        if any(
+            len(words & _words(task["prompt"])) >= SIMILAR * len(words) for words in known.get(task["entry_point"], [])
+        )
     ]
 
 

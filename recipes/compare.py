@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from recipes.common.samples import read_samples, visible
+from recipes.common.samples import samples_by_task
 from recipes.common.tables import evaluation_names, read_metrics
+from trainers.progress import visible
 
 
 def main() -> None:
@@ -26,8 +27,10 @@ def main() -> None:
     parser.add_argument("second", help="result directory")
     parser.add_argument("--task", help="id of the one task to show, such as HumanEval/12")
     args = parser.parse_args()
-    answers = [read_answers(folder) for folder in (args.first, args.second)]
-    names = evaluation_names([args.first, args.second])
+    folders = [args.first, args.second]
+    for folder in folders:
+        read_metrics(folder)  # whether its evaluation has finished
+    answers, names = [samples_by_task(folder) for folder in folders], evaluation_names(folders)
     shown = order_tasks(*answers)
     if not shown:
         raise SystemExit(f"{args.first} and {args.second} have no task in common")
@@ -40,27 +43,6 @@ def main() -> None:
         console.print(side_by_side(task_id, names, [answer[task_id] for answer in answers]))
     if len(shown) > 1:
         console.print(Text(summary(names, answers, shown)))
-
-
-def read_answers(folder: str) -> dict[str, list[dict]]:
-    """
-    Read the completions of a finished evaluation.
-
-    Args:
-        folder (`str`):
-            The result directory.
-
-    Returns:
-        `dict[str, list[dict]]`: Each task's graded completions.
-
-    Raises:
-        SystemExit: The directory holds no finished evaluation.
-    """
-    read_metrics(folder)
-    answers: dict[str, list[dict]] = {}
-    for sample in read_samples(folder):
-        answers.setdefault(sample["task_id"], []).append(sample)
-    return answers
 
 
 def order_tasks(first: dict[str, list[dict]], second: dict[str, list[dict]]) -> list[str]:

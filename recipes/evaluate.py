@@ -42,17 +42,17 @@ from recipes.common.arguments import (
     parse_settings,
     refuse_several_processes,
 )
-from recipes.common.intervals import bootstrap_interval, wilson_interval
+from recipes.common.intervals import BOOTSTRAP, bootstrap_interval, wilson_interval
 from recipes.common.pictures import draw_plane
 from recipes.common.policy import adapter_sha256, check_policy, load_tokenizer, split_off_adapter
 from recipes.common.prompts import PromptArguments, format_tasks, prompt_format
 from recipes.common.provenance import machine, training_commands, training_log
 from recipes.common.run_directory import RunDirectory, file_sha256, write_whole
 from recipes.common.runs import Run
-from recipes.common.samples import read_samples, write_programs
+from recipes.common.samples import program_of, read_samples, write_programs
 from recipes.common.sampling import complete, load_sampler
-from recipes.common.tables import evaluation_names, print_table, read_metrics
-from rewards import task_program, truncate_completion
+from recipes.common.tables import evaluation_names, read_metrics, results_table
+from rewards import truncate_completion
 from sandbox import MAX_TIMEOUT, Program, Sandbox, Verdict
 from trainers import run_device
 
@@ -121,7 +121,7 @@ class EvaluateArguments(PromptArguments):
 def main() -> None:
     args, model_args, settings = parse_settings(EvaluateArguments, ModelConfig)
     if args.compare:
-        print_table(args.compare)
+        print(results_table(args.compare))
         if args.picture:
             names = evaluation_names(args.compare)
             runs = [Run(name, read_metrics(folder)) for name, folder in zip(names, args.compare, strict=True)]
@@ -141,7 +141,7 @@ def main() -> None:
     settings.pop("samples", None)  # written of a finished evaluation too, and no part of it
     run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
     if run.finished and not args.samples:
-        return print_table([args.output_dir])
+        return print(results_table([args.output_dir]))
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
     extra_tests = load_extra_tests(args.extra_tests, tasks.to_list()) if args.extra_tests else None
     check_policy(model_args, adapter, generates_on=run_device())
@@ -179,7 +179,7 @@ def main() -> None:
     run.finish()
     if args.samples:
         write_programs(args.samples, samples, tasks.to_list())
-    print_table([args.output_dir])
+    print(results_table([args.output_dir]))
 
 
 def load_extra_tests(source: str, tasks: list[dict]) -> dict[str, str]:
@@ -236,8 +236,7 @@ def grade(samples: list[dict], tasks: list[dict], timeout: float, extra_tests: d
         task, completion = by_id[sample["task_id"]], sample["completion"]
         if cut and isinstance(task["prompt"], str):
             completion = truncate_completion(completion)
-        columns = tests or task["test"], task["entry_point"], task.get("setup") or "", task.get("inline")
-        return task_program(task["prompt"], completion, *columns)
+        return program_of(task, completion, tests)
 
     strict = [program(sample) for sample in samples]
     truncated = [program(sample, cut=True) for sample in samples]
@@ -300,7 +299,7 @@ def summarize(samples: list[dict], num_tasks: int, num_generations: int) -> dict
         "num_tasks": num_tasks,
         "num_passed": round(passes["pass_at_1"] * num_tasks, 4),
         **passes,
-        "interval_method": "Wilson" if num_generations == 1 else "percentile bootstrap over tasks, 10000 resamples",
+        "interval_method": "Wilson" if num_generations == 1 else BOOTSTRAP,
         "pass_at_k": {str(k): float(estimate_pass_at_k(num_generations, per_task("passed"), k).mean()) for k in ks},
         "mean_completion_tokens": mean(tokens),
         "mean_completion_tokens_interval": bootstrap_interval(

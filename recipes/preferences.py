@@ -200,6 +200,7 @@ def sample_policy(
         tqdm(total=len(tasks) * args.num_generations, initial=len(samples), unit="completion") as bar,
     ):
         reward = UnitTestReward(args.length_penalty, sandbox)
+        num_passed = sum(sample["passed"] for sample in samples)
         for number in range(num_chunks, len(chunks)):
             set_seed(random.Random(f"{args.seed} {number}").getrandbits(32))
             batch = tasks.select(chunks[number])
@@ -210,11 +211,8 @@ def sample_policy(
                 file.flush()
                 os.fsync(file.fileno())
             samples += new
-            bar.set_postfix(
-                tasks=f"{chunks[number].stop}/{len(tasks)}",
-                pass_rate=f"{sum(sample['passed'] for sample in samples) / len(samples):.2f}",
-                pairs=len(form_pairs(samples, tasks.select(range(chunks[number].stop)).to_list(), args)[0]),
-            )
+            num_passed += sum(sample["passed"] for sample in new)
+            bar.set_postfix(tasks=f"{chunks[number].stop}/{len(tasks)}", pass_rate=f"{num_passed / len(samples):.2f}")
     return samples
 
 

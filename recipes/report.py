@@ -27,9 +27,9 @@ from recipes.common.intervals import mcnemar_p
 from recipes.common.pictures import draw_plane, draw_training
 from recipes.common.run_directory import write_whole
 from recipes.common.runs import PUBLISHED, PUBLISHED_BASE, Run, read_runs
-from recipes.common.samples import visible
 from recipes.gains import gains_rows
 from rewards import load_tasks
+from trainers.progress import visible
 
 OUTCOMES = {  # of a completion: its mark in the grid and its meaning
     "passed": ("✓", "passed"),
@@ -103,14 +103,15 @@ def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
 
 def read_prompts(runs: list[Run]) -> dict[str, str]:
     """
-    Return the prompts that the completions continue.
+    Return the prompts of the runs' tasks.
 
     Args:
         runs (`list[Run]`):
             The runs.
 
     Returns:
-        `dict[str, str]`: Prompts by task id, without those of task files that no longer exist.
+        `dict[str, str]`: Prompts by task id, of messages their texts; without those of task files that no longer
+        exist.
     """
     prompts = {}
     for source in {run.metrics["settings"]["dataset_name"] for run in runs}:
@@ -119,7 +120,8 @@ def read_prompts(runs: list[Run]) -> dict[str, str]:
         except (ValueError, OSError) as error:
             print(f"{source}: no prompts in the report ({error})", file=sys.stderr)
             continue
-        prompts |= dict(zip(tasks["task_id"], tasks["prompt"], strict=True))
+        for task_id, prompt in zip(tasks["task_id"], tasks["prompt"], strict=True):
+            prompts[task_id] = prompt if isinstance(prompt, str) else "\n\n".join(one["content"] for one in prompt)
     return prompts
 
 

@@ -96,7 +96,6 @@ def from_apps(row: Row) -> dict:
     cases = _json(row, "input_output", row.get("input_output") or "null")
     question, reference = row.text("question"), _first_text(row.get("solutions"))
     task_id = row.get("id") if row.get("problem_id") is None else row.get("problem_id")
-    task_id = "" if task_id is None else str(task_id)
     return _cases_task(
         row, task_id, question, cases, starter=row.get("starter_code"), reference=reference, wrapped=True
     )

@@ -5,6 +5,7 @@ Tasks whose tests are Python source are read here; tests made of cases in `case_
 """
 
 import ast
+import builtins
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def task(row: Row, task_id: str, question: Any, test: str, entry_point: str, ref
     messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
     reference = program_source([], reference, entry_point) if reference else ""
     return {
-        "task_id": str(task_id or row.number),
+        "task_id": str(row.number if task_id in (None, "") else task_id),
         "prompt": [{"role": message["role"], "content": message["content"]} for message in messages],
         "canonical_solution": reference,
         "test": test,
@@ -194,8 +195,8 @@ def from_mbpp(row: Row) -> dict:
 
 def _called(tree: ast.AST) -> list[str]:
     """The names that are called as functions, in the order of the text."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    return [call.func.id for call in calls if isinstance(call.func, ast.Name)]
+    names = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [name.id for name in sorted(names, key=lambda name: (name.lineno, name.col_offset))]
 
 
 def _check(statements: list[ast.stmt], entry_point: str, before: list[ast.stmt] | None = None) -> str:
@@ -233,7 +234,7 @@ def asserts_task(row: Row, task_id: str, question: Any, asserts: list, reference
     return task(row, task_id, words, test, entry_point, reference)
 
 
-_BUILTINS = frozenset(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
+_BUILTINS = frozenset(dir(builtins))
 
 
 def _is_assert(node: ast.AST) -> bool:

@@ -96,7 +96,7 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
     parts = {name: _chain(first[name], rows) for name, rows in parts.items()}
 
     some = next((row for row in first.values() if row is not None), None)
-    known = some is not None and _recognise(*some).name in ("HumanEval", "MBPP", "MBPP sanitized or MBPP+")
+    known = some is not None and not _recognise(*some).public
     if not is_file and not known and split != "all":
         parts = _named_split(parts, split, source)
     tasks = _convert(parts, max_cases, max_case_bytes, left_out)

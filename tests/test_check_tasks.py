@@ -75,7 +75,7 @@ def test_overlap_is_found_under_another_id_and_another_wording():
     renamed = first | {"task_id": "Python/2", "prompt": first["prompt"].replace('"""', '""" Please: ', 1)}
     same_name = first | {"task_id": "other", "prompt": f"def {first['entry_point']}(x):\n    return 'unrelated'\n"}
     tasks = test_tasks.from_list([renamed, same_name])
-    assert overlaps(tasks, test_tasks) == ["Python/2"]
+    assert overlaps(tasks, test_tasks.from_list([first, first])) == ["Python/2"], "once, however many it overlaps with"
 
 
 def test_overlap_with_a_file_of_ones_own(tmp_path, monkeypatch, capsys):
@@ -122,3 +122,16 @@ def test_a_policy_adds_pass_rates_and_limits_them(tmp_path, tiny_folder, monkeyp
         {**load_tasks(str(file), "all")[0], "pass_rate": 0.5}
     ]
     assert load_tasks(str(good)).to_list() == [{**load_tasks(str(file))[0], "pass_rate": 0.5}]
+
+
+def test_completions_that_cannot_be_judged_have_no_pass_rate(task_file, monkeypatch):
+    tasks = load_tasks(str(task_file)).filter(lambda task: task["task_id"] in ("good", "broken"))
+    samples = [
+        {"task_id": name, "completion": text}
+        for name in ("good", "broken")
+        for text in ("    return x + 1", "    pass")
+    ]
+    monkeypatch.setattr(check_tasks, "load_sampler", lambda *_: None)
+    monkeypatch.setattr(check_tasks, "complete", lambda *_: samples)
+    args = check_tasks.CheckArguments(dataset_name=str(task_file), num_generations=2)
+    assert check_tasks.pass_rates(tasks, None, args, None, None) == {"good": 0.5, "broken": None}

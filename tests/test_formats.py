@@ -201,6 +201,13 @@ def test_any_split_of_a_hub_dataset(tmp_path, monkeypatch):
         load_tasks("own", "valid")
 
 
+@pytest.mark.parametrize("name, field", [("APPS", "problem_id"), ("open-r1", "problem_id"), ("AceCode", "id")])
+def test_0_is_an_id_as_any_other(tmp_path, name, field):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(FORMATS[name][0] | {field: number}) + "\n" for number in (7, 0)))
+    assert load_tasks(str(file), "train")["task_id"][:] == ["7", "0"]
+
+
 def test_words_are_asked_in_chat_and_not_mixed_with_code(tmp_path):
     row = {"task_id": "a", "prompt": "Write add(a, b).", "entry_point": "add"}
     row["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"

@@ -275,7 +275,7 @@ def test_stages_in_chat_format(tmp_path, chat_folder, chat_tokenizer, monkeypatc
         run(monkeypatch, evaluate, config, prompt_format=name, dataset_test_split="all", output_dir=output)
         assert json.loads((output / "metrics.json").read_text())["prompt_format"] == name
     capsys.readouterr()
-    evaluate.print_table([str(tmp_path / "chat"), str(tmp_path / "completion")])
+    print(evaluate.results_table([str(tmp_path / "chat"), str(tmp_path / "completion")]))
     header, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert [row.split("|")[2].strip() for row in (header, *rows)] == ["format", "chat", "completion"]
 

@@ -20,7 +20,7 @@ from recipes.common.intervals import wilson_interval
 from recipes.common.policy import adapter_base, check_policy, load_tokenizer, model_path
 from recipes.common.run_directory import RunDirectory
 from recipes.default_model import DEFAULT_MODEL
-from recipes.evaluate import grade, load_extra_tests, print_table, summarize
+from recipes.evaluate import grade, load_extra_tests, results_table, summarize
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,7 +115,7 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
         "pass_rate" in log[0] and "train_runtime" in log[2] and not (tmp_path / "results/base/training.jsonl").exists()
     )
     capsys.readouterr()
-    print_table([str(tmp_path / "results" / name) for name in results])
+    print(results_table([str(tmp_path / "results" / name) for name in results]))
     table = capsys.readouterr().out
     assert (
         "| base      | completion |    0/3 |" in table

@@ -11,7 +11,7 @@ from recipes import evaluate, report
 from recipes.common.intervals import bootstrap_interval, mcnemar_p, paired_gain
 from recipes.common.pictures import _spread
 from recipes.common.provenance import machine
-from recipes.common.tables import evaluation_names, markdown, print_table
+from recipes.common.tables import evaluation_names, markdown, results_table
 from recipes.evaluate import summarize
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +28,9 @@ def test_mcnemar_is_exact(only_first, only_second, p):
     assert mcnemar_p(only_first, only_second) == p
 
 
-def test_bootstrap_is_seeded_and_right():
+def test_bootstrap_is_right_and_the_same_each_time():
     shares = [i / 10 for i in (0, 1, 3, 7, 10, 10, 4)]
-    assert bootstrap_interval(shares) == bootstrap_interval(shares) != bootstrap_interval(shares, seed=1)
+    assert bootstrap_interval(shares) == bootstrap_interval(shares)
     # The sum of 33 draws is binomial: P[X <= 9] = 0.011, P[X <= 10] = 0.027; P[X <= 21] = 0.973, P[X <= 22] = 0.989
     assert bootstrap_interval([1.0] * 16 + [0.0] * 17) == pytest.approx([10 / 33, 22 / 33])
     assert bootstrap_interval([0.5] * 4) == [0.5, 0.5]
@@ -107,6 +107,17 @@ def test_hostile_completions_stay_text(tmp_path):
     assert "default-src 'none'" in html and '<i>"$x^$' in page.text
 
 
+def test_a_chat_reply_does_not_continue_its_prompt(tmp_path):
+    task = {"task_id": "t/1", "prompt": [{"role": "user", "content": "Write f."}], "test": "def check(candidate): pass"}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task | {"entry_point": "f", "canonical_solution": ""}) + "\n")
+    write_run(tmp_path / "base", ["The reply."], [True])
+    metrics = json.loads((tmp_path / "base" / "metrics.json").read_text()) | {"prompt_format": "chat"}
+    metrics["settings"]["dataset_name"] = str(tmp_path / "tasks.jsonl")
+    (tmp_path / "base" / "metrics.json").write_text(json.dumps(metrics))
+    html, page = make_report(tmp_path)
+    assert '<pre class="wrap before">Write f.</pre>\n<pre><code>The reply.</code></pre>' in html
+
+
 def test_optional_files_may_be_missing(tmp_path):
     write_run(tmp_path / "sft", ["a", "b", "c"], [True, False, True])
     write_run(tmp_path / "odd", ["a", "b", "d"], [True, True, False])
@@ -156,7 +167,7 @@ def test_completions_that_could_not_be_judged_are_shown_and_counted(tmp_path, ca
     write_run(tmp_path / "sft", ["a", "b"], [False, False], verdict="invalid", passed_truncated=False)
     _, page = make_report(tmp_path)
     assert "could not be judged" in page.text
-    print_table([str(tmp_path / "sft")])
+    print(results_table([str(tmp_path / "sft")]))
     assert "sft: 2 of 2 completions could not be judged and count as failed" in capsys.readouterr().out
 
 
@@ -167,7 +178,7 @@ def test_no_gain_is_given_over_an_evaluation_of_an_edited_task_file(tmp_path, ca
         metrics = json.loads(path.read_text())
         metrics["settings"]["dataset_sha256"] = content
         path.write_text(json.dumps(metrics))
-    print_table([str(tmp_path / name) for name in ("base", "other", "edited")])
+    print(results_table([str(tmp_path / name) for name in ("base", "other", "edited")]))
     *_, other, edited, _, note = capsys.readouterr().out.splitlines()
     assert "+50.0 [" in other and "[+" not in edited and note.startswith("edited has no gain: its task file has")
 

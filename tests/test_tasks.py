@@ -55,6 +55,12 @@ def test_jsonl_of_humaneval_problems_keeps_the_published_split(tmp_path):
     assert load_tasks(path, "train")["task_id"][:] == ["HumanEval/0", "HumanEval/2"]
 
 
+def test_mbpps_entry_point_is_the_function_that_is_called_first(tmp_path):
+    two = {"code": "def f(x):\n    return -x\ndef g(x):\n    return x", "test_list": ["assert abs(f(2)) == g(2)"]}
+    path = write(tmp_path / "two.jsonl", MBPP | two)
+    assert load_tasks(path, "all")["entry_point"][:] == ["f"]
+
+
 def test_mbpp_becomes_a_body_to_complete(tmp_path):
     path = write(tmp_path / "mbpp.jsonl", MBPP, {**MBPP, "task_id": 511})
     assert load_tasks(path, "validation")["task_id"][:] == ["MBPP/511"]

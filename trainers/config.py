@@ -41,13 +41,6 @@ class PolicyGradientConfig(RLOOConfig):
             "prompts of 250."
         },
     )
-    auto_find_batch_size: bool = field(
-        default=False,
-        metadata={
-            "help": "Not supported: a smaller micro-batch would make a smaller rollout. `per_device_train_batch_size` "
-            "is used as it is."
-        },
-    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={

@@ -35,7 +35,7 @@ class PPOClipConfig(PolicyGradientConfig):
         default=None,
         metadata={
             "help": "Approximate KL, per completion, from the rollout's policy to the current one. Once an optimizer "
-            "step exceeds it, the remaining epochs on that rollout are skipped. If not set, none is."
+            "step exceeds it, the remaining steps on that rollout are skipped. If not set, none is."
         },
     )
     dual_clip: float | None = field(

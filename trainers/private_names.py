@@ -8,7 +8,7 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from trl import RLOOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -76,4 +76,5 @@ PRIVATE_NAMES = (
     PrivateName(Trainer, "_load_rng_state", _CHECKPOINTS, ("checkpoint",)),
     PrivateName(PreTrainedModel, "_can_compile_fullgraph", "trainers/rollout/graph.py"),
     PrivateName(PreTrainedModel, "_supports_attention_backend", "trainers/cpu/log_probs.py"),
+    PrivateName(PreTrainedConfig, "_attn_implementation", "trainers/cpu/log_probs.py and rollout/graph.py"),
 )

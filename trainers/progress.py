@@ -108,7 +108,7 @@ def print_completions(logs: Mapping[str, Any], step: int, num_completions: int |
                 f"{name} {values[row]:.3g}" if isinstance(values[row], float) else f"{name} {values[row]}"
                 for name, values in columns.items()
             ]
-            print(f"\n{_visible('   '.join(shown))}\n\n{indent(_text(completions[row]), '    ')}", flush=True)
+            print(f"\n{visible('   '.join(shown))}\n\n{indent(_text(completions[row]), '    ')}", flush=True)
 
 
 def _text(entry: str | list[dict]) -> str:
@@ -119,11 +119,21 @@ def _text(entry: str | list[dict]) -> str:
         text = str(entry[0].get("content"))
     else:
         text = "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in entry)
-    return _visible(text.strip("\n"))
+    return visible(text.strip("\n"))
 
 
-def _visible(text: str) -> str:
-    """The text with what a terminal would hide or obey as in a Python literal: completions are untrusted."""
+def visible(text: str) -> str:
+    """
+    Escape what a page or a terminal would hide or obey, as completions are untrusted.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `str`: The text with control, direction and zero-width characters and lone surrogates as in a Python literal:
+        `\\x1b`, `\\u202e`.
+    """
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 

@@ -8,8 +8,12 @@ from math import comb, sqrt
 
 import numpy as np
 
+NUM_RESAMPLES = 10_000
+SEED = 0  # of the resamples
+BOOTSTRAP = f"percentile bootstrap over tasks, {NUM_RESAMPLES} resamples"
 
-def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
+
+def wilson_interval(rate: float, n: int) -> list[float]:
     """
     Return the 95% confidence interval of a rate (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
@@ -20,18 +24,17 @@ def wilson_interval(rate: float, n: int, z: float = 1.959964) -> list[float]:
             Observed share of successes.
         n (`int`):
             Number of trials.
-        z (`float`, *optional*, defaults to `1.959964`):
-            Quantile of the normal distribution.
 
     Returns:
         `list[float]`: Lower and upper bound.
     """
+    z = 1.959964  # the normal distribution's quantile at 97.5%
     center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return [max(0.0, center - half), min(1.0, center + half)]
 
 
-def bootstrap_interval(values: list[float], num_resamples: int = 10_000, seed: int = 0) -> list[float]:
+def bootstrap_interval(values: list[float]) -> list[float]:
     """
     Return the 95% confidence interval of a mean over tasks, by the percentile bootstrap over whole tasks (Efron 1979,
     https://doi.org/10.1214/aos/1176344552).
@@ -41,22 +44,16 @@ def bootstrap_interval(values: list[float], num_resamples: int = 10_000, seed: i
     Args:
         values (`list[float]`):
             One number per task, such as the share of its samples that pass.
-        num_resamples (`int`, *optional*, defaults to `10_000`):
-            Number of resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
 
     Returns:
         `list[float]`: Lower and upper bound.
     """
     array = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(num_resamples, len(array)))
+    drawn = np.random.default_rng(SEED).integers(len(array), size=(NUM_RESAMPLES, len(array)))
     return np.quantile(array[drawn].mean(axis=1), [0.025, 0.975]).tolist()
 
 
-def paired_gain(
-    baseline: list[float], runs: list[list[float]], num_resamples: int = 10_000, seed: int = 0
-) -> tuple[float, list[float]]:
+def paired_gain(baseline: list[float], runs: list[list[float]]) -> tuple[float, list[float]]:
     """
     Return how far runs are above a baseline on the same tasks, with a 95% interval over tasks and seeds.
 
@@ -68,19 +65,15 @@ def paired_gain(
             One number per task of the baseline.
         runs (`list[list[float]]`):
             The same tasks' numbers of each run.
-        num_resamples (`int`, *optional*, defaults to `10_000`):
-            Number of resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
 
     Returns:
         `tuple[float, list[float]]`: The mean difference, and its lower and upper bound.
     """
     differences = np.asarray(runs, dtype=float) - np.asarray(baseline, dtype=float)
     num_runs, num_tasks = differences.shape
-    generator = np.random.default_rng(seed)
-    tasks = generator.integers(num_tasks, size=(num_resamples, num_tasks))
-    drawn = generator.integers(num_runs, size=(num_resamples, num_runs))
+    generator = np.random.default_rng(SEED)
+    tasks = generator.integers(num_tasks, size=(NUM_RESAMPLES, num_tasks))
+    drawn = generator.integers(num_runs, size=(NUM_RESAMPLES, num_runs))
     of_each = np.stack([run[tasks].mean(axis=1) for run in differences], axis=1)
     means = np.take_along_axis(of_each, drawn, axis=1).mean(axis=1)
     return float(differences.mean()), np.quantile(means, [0.025, 0.975]).tolist()

@@ -1,9 +1,11 @@
 """Read evaluated runs as `evaluate.py` writes them, and the published table that they are compared with."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from recipes.common.samples import read_lines, read_samples
+from recipes.common.tables import read_metrics
 
 # The published table: tasks passed of the same 33, and mean tokens. Its base is another, larger one.
 PUBLISHED_BASE = "DeepSeek-Coder-1.3B"
@@ -86,18 +88,18 @@ def read_runs(results: Path) -> list[Run]:
     runs = []
     for path in sorted(results.glob("*/metrics.json")):
         folder = path.parent
-        metrics, samples = _read_json(path), _read_lines(folder / "per_task.jsonl")
+        metrics, samples = read_metrics(folder), read_samples(folder)
         is_greedy = metrics["settings"]["temperature"] == 0
         if not is_greedy or len({sample["task_id"] for sample in samples}) != len(samples):
             raise SystemExit(f"{folder} holds samples: move them to {folder}/sampled, a greedy run belongs here")
-        sampled, training = folder / "sampled" / "metrics.json", folder / "training.jsonl"
+        training = folder / "training.jsonl"
         runs.append(
             Run(
                 folder.name,
                 metrics,
                 {sample["task_id"]: sample for sample in samples},
-                _read_json(sampled) if sampled.is_file() else None,
-                _read_lines(training) if training.is_file() else [],
+                read_metrics(folder / "sampled") if (folder / "sampled" / "metrics.json").is_file() else None,
+                read_lines(training) if training.is_file() else [],
             )
         )
     if not runs:
@@ -108,17 +110,3 @@ def read_runs(results: Path) -> list[Run]:
         return known.index(run.recipe) if run.recipe in known else len(known), run.name
 
     return sorted(runs, key=place)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None
-
-
-def _read_lines(path: Path) -> list[dict]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None

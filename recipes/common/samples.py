@@ -1,18 +1,35 @@
 """
-Read an evaluation's completions, show them, and write them as whole programs for other graders.
+Read an evaluation's completions, and make whole programs of them: for the sandbox, and in a file for other graders.
 
-Such graders run the programs themselves, outside of this project's sandbox.
+Other graders run the programs themselves, outside of this project's sandbox.
 """
 
 import json
-import re
 from pathlib import Path
 
 from recipes.common.run_directory import write_whole
 from rewards import task_program
+from sandbox import Program
 
-# Control characters, and those that reorder text so that code reads differently from what it does
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+def read_lines(path: Path) -> list[dict]:
+    """
+    Read a file of JSON lines.
+
+    Args:
+        path (`Path`):
+            A file that `evaluate.py` wrote.
+
+    Returns:
+        `list[dict]`: Its lines.
+
+    Raises:
+        SystemExit: It is missing or no JSON.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None
 
 
 def read_samples(folder: str | Path) -> list[dict]:
@@ -25,22 +42,50 @@ def read_samples(folder: str | Path) -> list[dict]:
 
     Returns:
         `list[dict]`: The lines of its `per_task.jsonl`.
+
+    Raises:
+        SystemExit: The file is missing or no JSON.
     """
-    return [json.loads(line) for line in (Path(folder) / "per_task.jsonl").read_text().splitlines()]
+    return read_lines(Path(folder) / "per_task.jsonl")
 
 
-def visible(text: str) -> str:
+def samples_by_task(folder: str) -> dict[str, list[dict]]:
     """
-    Escape what a page or a terminal would hide or obey.
+    Read the completions of a finished evaluation, by task.
 
     Args:
-        text (`str`):
-            Any text.
+        folder (`str`):
+            The result directory.
 
     Returns:
-        `str`: Control, direction and zero-width characters and lone surrogates as `\\x1b` or `\\u202e`.
+        `dict[str, list[dict]]`: Each task's graded completions.
+
+    Raises:
+        SystemExit: The file is missing or no JSON.
     """
-    return _INVISIBLE.sub(lambda c: f"\\x{ord(c[0]):02x}" if ord(c[0]) < 256 else f"\\u{ord(c[0]):04x}", text)
+    samples = {}
+    for sample in read_samples(folder):
+        samples.setdefault(sample["task_id"], []).append(sample)
+    return samples
+
+
+def program_of(task: dict, completion: str | list[dict], test: str | None = None) -> Program:
+    """
+    Build the program that a completion of a task makes.
+
+    Args:
+        task (`dict`):
+            A row of the tasks.
+        completion (`str` or `list[dict]`):
+            The completion.
+        test (`str`, *optional*):
+            Other tests than the task's own.
+
+    Returns:
+        [`~sandbox.Program`]
+    """
+    columns = test or task["test"], task["entry_point"], task.get("setup") or "", task.get("inline")
+    return task_program(task["prompt"], completion, *columns)
 
 
 def write_programs(path: str, samples: list[dict], tasks: list[dict]) -> None:
@@ -59,8 +104,7 @@ def write_programs(path: str, samples: list[dict], tasks: list[dict]) -> None:
     lines = []
     for sample in samples:
         task = by_id[sample["task_id"]]
-        columns = task["test"], task["entry_point"], task.get("setup") or ""
-        program = task_program(task["prompt"], sample["completion"], *columns)
+        program = program_of(task, sample["completion"])
         # A text prompt is part of the program; the setup, which a chat reply may count on, is not
         setup = "" if isinstance(task["prompt"], str) or not program.setup else program.setup.rstrip() + "\n\n"
         lines.append(json.dumps({"task_id": sample["task_id"], "solution": setup + program.solution}) + "\n")

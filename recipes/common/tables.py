@@ -11,30 +11,33 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.common.intervals import paired_gain
-from recipes.common.samples import read_samples
+from recipes.common.samples import samples_by_task
 
 # Share of completions that may be impossible to judge without a note: a policy's answer can be so, too
 MAX_INVALID = 0.01
 
 
-def read_metrics(folder: str) -> dict:
+def read_metrics(folder: str | Path) -> dict:
     """
     Read the numbers of a finished evaluation.
 
     Args:
-        folder (`str`):
+        folder (`str` or `Path`):
             A result directory.
 
     Returns:
         `dict`: Its `metrics.json`.
 
     Raises:
-        SystemExit: The directory holds no finished evaluation.
+        SystemExit: The directory holds no finished evaluation, or the file is no JSON.
     """
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         raise SystemExit(f"{folder} holds no finished evaluation (no {path.name})")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read ({error}): write it with recipes/evaluate.py") from None
 
 
 def evaluation_names(results: list[str]) -> list[str]:
@@ -68,13 +71,10 @@ def task_means(folder: str) -> dict[str, dict[str, float]]:
         `dict[str, dict[str, float]]`: By task id the means of `passed`, `completion_tokens` and, if it was graded,
         `passed_plus`.
     """
-    samples = {}
-    for sample in read_samples(folder):
-        samples.setdefault(sample["task_id"], []).append(sample)
     names = ("passed", "completion_tokens", "passed_plus")
     return {
         task_id: {name: mean(sample[name] for sample in group) for name in names if name in group[0]}
-        for task_id, group in samples.items()
+        for task_id, group in samples_by_task(folder).items()
     }
 
 
@@ -169,14 +169,3 @@ def markdown(rows: list[dict[str, str]]) -> str:
     text = StringIO()
     Console(file=text, width=10_000).print(table)  # no cell is cut
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
-
-
-def print_table(results: list[str]) -> None:
-    """
-    Print finished evaluations as one table, in Markdown.
-
-    Args:
-        results (`list[str]`):
-            Result directories.
-    """
-    print(results_table(results))

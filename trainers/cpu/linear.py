@@ -35,7 +35,7 @@ def packed_linears(model: nn.Module, num_rows: int):
     for layer in model.modules():
         if _is_plain_lora(layer) and _lora_dtype(layer) == layer.get_base_layer().weight.dtype:
             makers[layer] = functools.partial(_packed_lora, layer, num_rows)
-            called.add(layer.get_base_layer())
+            called.update(layer.modules())
         elif type(layer) is nn.Linear and layer not in called and _is_for_onednn(layer.weight):
             makers[layer] = functools.partial(_packed_linear, layer.weight, layer.bias, num_rows)
     # FBGEMM packs a weight with one thread, so the largest, the LM head, comes first
