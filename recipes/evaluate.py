@@ -14,7 +14,8 @@ grade, *plus*: the strict completion passes stricter tests as well. Writes to OU
         --config recipes/qwen2.5-coder-0.5b/evaluate.yaml --model_name_or_path runs/.../sft --output_dir results/sft
     python recipes/evaluate.py --compare results/base results/sft      prints both as one table
 
-With `--samples FILE` the completions are also written as whole programs for evalplus, of a finished evaluation too.
+With `--programs_file FILE` the completions are also written as whole programs for evalplus, also of a finished
+evaluation.
 
 Not covered: several processes. The tasks are too few to need them.
 """
@@ -88,7 +89,7 @@ class EvaluateArguments(PromptArguments):
         default=5.0, metadata={"help": "Seconds that a program may take, four times as many with extra_tests."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of the samples."})
-    samples: str | None = field(
+    programs_file: str | None = field(
         default=None,
         metadata={
             "help": "File for the completions as whole programs, one JSON a line, which evalplus reads as its samples. "
@@ -138,9 +139,9 @@ def main() -> None:
         name = os.path.basename(args.extra_tests)
         command = [name if part == args.extra_tests else part for part in command]
         settings |= {"extra_tests": name, "extra_tests_sha256": file_sha256(args.extra_tests)}
-    settings.pop("samples", None)  # written of a finished evaluation too, and no part of it
+    settings.pop("programs_file", None)  # written of a finished evaluation too, and no part of it
     run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
-    if run.finished and not args.samples:
+    if run.finished and not args.programs_file:
         return print(results_table([args.output_dir]))
     tasks = load_stage_tasks(args.dataset_name, args.dataset_test_split)
     extra_tests = load_extra_tests(args.extra_tests, tasks.to_list()) if args.extra_tests else None
@@ -148,7 +149,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     tasks = format_tasks(tasks, args, tokenizer, model_args)
     if run.finished:
-        return write_programs(args.samples, read_samples(args.output_dir), tasks.to_list())
+        return write_programs(args.programs_file, read_samples(args.output_dir), tasks.to_list())
 
     run.start()
     started = time.perf_counter()
@@ -177,8 +178,8 @@ def main() -> None:
     write_whole(run.path / "per_task.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     write_whole(run.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     run.finish()
-    if args.samples:
-        write_programs(args.samples, samples, tasks.to_list())
+    if args.programs_file:
+        write_programs(args.programs_file, samples, tasks.to_list())
     print(results_table([args.output_dir]))
 
 

@@ -95,9 +95,9 @@ def test_evaluate_writes_programs_of_a_finished_evaluation_too(tmp_path, tiny_fo
     fields = {"model_name_or_path": tiny_folder, "dataset_name": tasks, "dataset_test_split": "train"}
     fields |= {"dtype": "float32", "max_completion_length": 4, "output_dir": tmp_path / "row"}
     arguments = [part for name, value in fields.items() for part in (f"--{name}", value)]
-    run(monkeypatch, capsys, evaluate, *arguments, "--samples", tmp_path / "first.jsonl")
+    run(monkeypatch, capsys, evaluate, *arguments, "--programs_file", tmp_path / "first.jsonl")
     monkeypatch.setattr(evaluate, "load_sampler", None)
-    out = run(monkeypatch, capsys, evaluate, *arguments, "--samples", tmp_path / "second.jsonl")
+    out = run(monkeypatch, capsys, evaluate, *arguments, "--programs_file", tmp_path / "second.jsonl")
     assert "Completing" not in out
     rows = read_samples(tmp_path / "row")
     assert programs(tmp_path / "first.jsonl") == programs(tmp_path / "second.jsonl") == [
