@@ -31,8 +31,9 @@ def preference_pairs(model, tokenizer) -> Dataset:
         completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
         columns = {name: [task[name]] * NUM_GENERATIONS for name in ("test", "entry_point")}
         rewards = reward([task["prompt"]] * NUM_GENERATIONS, completions, completion_ids=ids, **columns)
-        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
-        if rewards[best] > rewards[worst]:
+        judged = [number for number in rewards if number is not None]
+        if judged and max(judged) > min(judged):
+            best, worst = rewards.index(max(judged)), rewards.index(min(judged))
             pairs.append({"prompt": task["prompt"], "chosen": completions[best], "rejected": completions[worst]})
     if not pairs:
         raise SystemExit("all completions of each task have the same reward: sample more, or longer ones")
