@@ -143,7 +143,7 @@ def _test_tasks(name: str) -> Dataset:
     try:
         return load_stage_tasks(name, "test", "overlap_with")
     except SystemExit:
-        if not Path(name).is_file():
+        if not Path(name).expanduser().is_file():
             raise
         return load_stage_tasks(name, "all", "overlap_with")
 

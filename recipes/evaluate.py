@@ -135,10 +135,10 @@ def main() -> None:
     if adapter:
         settings["adapter_sha256"] = adapter_sha256(adapter)
     command = ["python", "recipes/evaluate.py", *sys.argv[1:]]
-    if args.extra_tests and os.path.isfile(args.extra_tests):  # its directory is not part of a result
-        name = os.path.basename(args.extra_tests)
+    if args.extra_tests and os.path.isfile(path := os.path.expanduser(args.extra_tests)):
+        name = os.path.basename(path)  # its directory is not part of a result
         command = [name if part == args.extra_tests else part for part in command]
-        settings |= {"extra_tests": name, "extra_tests_sha256": file_sha256(args.extra_tests)}
+        settings |= {"extra_tests": name, "extra_tests_sha256": file_sha256(path)}
     settings.pop("programs_file", None)  # written of a finished evaluation too, and no part of it
     run = RunDirectory(args.output_dir, "evaluate", settings, result="metrics.json")
     if run.finished and not args.programs_file:

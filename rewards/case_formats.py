@@ -107,7 +107,7 @@ def from_deepcoder(row: Row) -> dict:
     cases = _json(row, "tests", row.get("tests"))
     function = metadata.get("func_name") if isinstance(metadata, dict) else None
     return _cases_task(
-        row, row.get("problem_id") or "", row.text("problem"), cases, function, row.get("starter_code"),
+        row, row.get("problem_id"), row.text("problem"), cases, function, row.get("starter_code"),
         _first_text(row.get("solutions")), wrapped=True,
     )  # fmt: skip
 

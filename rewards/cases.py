@@ -68,6 +68,9 @@ def check(candidate):
 _WRAPPED = " or isinstance(expected, list) and len(expected) == 1 and same(result, expected[0])"
 
 
+NO_JSON = "an argument or result of its cases is no JSON"
+
+
 class NoCases(Exception):
     """Cases that make no test, with the reason to report."""
 
@@ -158,7 +161,8 @@ def cases_test(
 
 
 def _script_case(given: Any, printed: Any) -> list[str]:
-    return ["\n".join(map(str, part)) if isinstance(part, list) else str(part) for part in (given, printed)]
+    parts = ["" if part is None else part for part in (given, printed)]
+    return ["\n".join(map(str, part)) if isinstance(part, list) else str(part) for part in parts]
 
 
 def _function_case(arguments: Any, result: Any) -> list:
@@ -167,7 +171,7 @@ def _function_case(arguments: Any, result: Any) -> list:
         result = _value(result) if isinstance(result, str) else result
     if not isinstance(arguments, list):
         arguments = [arguments]
-    return [arguments, result]
+    return [_plain(arguments), _plain(result)]
 
 
 def _value(text: str) -> Any:
@@ -176,4 +180,15 @@ def _value(text: str) -> Any:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             pass
-    raise NoCases("an argument or result of its cases is no JSON")
+    raise NoCases(NO_JSON)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, with tuples as lists."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(part) for key, part in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise NoCases(NO_JSON)

@@ -122,6 +122,8 @@ def from_humaneval(row: Row) -> dict:
         raise row.error("pass_rate", "write a number from 0 to 1, or leave the field out")
     if row.get("inline") not in (None, True, False):
         raise row.error("inline", "write true or false, or leave the field out")
+    if row.get("inline") and entry_point == "__main__":
+        raise row.error("inline", "leave the field out: a script has a process of its own")
     return {
         "task_id": task_id,
         "prompt": prompt,
@@ -221,9 +223,10 @@ def asserts_task(row: Row, task_id: str, question: Any, asserts: list, reference
             trees.append(ast.parse(text))
         except (SyntaxError, ValueError, TypeError):
             raise LeftOut("a test is no Python") from None
+    trees = [tree for tree in trees if tree.body]
     own = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    calls = [[n for n in _called(tree) if n not in own and n not in _BUILTINS] for tree in trees if tree.body]
-    calls = [names for tree, names in zip(trees, calls, strict=False) if any(map(_is_assert, ast.walk(tree)))]
+    calls = [[n for n in _called(tree) if n not in own and n not in _BUILTINS] for tree in trees]
+    calls = [names for tree, names in zip(trees, calls, strict=True) if any(map(_is_assert, ast.walk(tree)))]
     common = [name for name in (calls or [[]])[0] if all(name in names for names in calls)]
     if not common:
         raise LeftOut("its asserts call no function in common")

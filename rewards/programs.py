@@ -33,7 +33,7 @@ def task_program(
     completion: str | list[dict],
     test: str,
     entry_point: str,
-    setup: str = "",
+    setup: str | None = "",
     inline: bool | None = False,
 ) -> Program:
     """
@@ -57,8 +57,8 @@ def task_program(
     Returns:
         [`~sandbox.Program`]
     """
-    if not setup and isinstance(prompt, str):
-        setup = prompt_setup(prompt, entry_point)
+    if not setup:
+        setup = prompt_setup(prompt, entry_point) if isinstance(prompt, str) else ""
     return Program(program_source(prompt, completion, entry_point), test, entry_point, setup, bool(inline))
 
 

@@ -7,6 +7,7 @@ Rows are read one after the other; no list of them is built here.
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -60,7 +61,7 @@ def _read_file(path: Path) -> Rows:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         return _items(path, data) if suffix == ".json" else _lines(path, data)
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: not a {path.name.partition('.')[2]} file: {error}") from None
 
 

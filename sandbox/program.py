@@ -23,7 +23,8 @@ class Program:
         setup (`str`, defaults to `""`): Trusted source that is executed first, both in the solution's module and in
             that of the tests, such as a prompt's imports and helpers. A solution can read it.
         inline (`bool`, defaults to `False`): Run tests and solution in one interpreter, for tasks whose values cannot
-            cross between processes. The solution can then cheat; a warning is logged.
+            cross between processes. The solution can then cheat; a warning is logged. Tests are not checked to have
+            called it: `invalid` is only what does not compile, or whose setup does not load. Not for scripts.
 
     Raises:
         `TypeError`: If a text is not a `str`.

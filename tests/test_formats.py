@@ -188,6 +188,11 @@ def test_a_file_may_be_json_parquet_or_compressed(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="b.parquet: not a parquet file"):
         load_tasks(str(tmp_path / "b.parquet"))
+    damaged = bytearray((tmp_path / "a.json.gz").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "b.json.gz").write_bytes(damaged)
+    with pytest.raises(ValueError, match="b.json.gz: not a json.gz file"):
+        load_tasks(str(tmp_path / "b.json.gz"))
 
 
 def test_any_split_of_a_hub_dataset(tmp_path, monkeypatch):
@@ -201,11 +206,23 @@ def test_any_split_of_a_hub_dataset(tmp_path, monkeypatch):
         load_tasks("own", "valid")
 
 
-@pytest.mark.parametrize("name, field", [("APPS", "problem_id"), ("open-r1", "problem_id"), ("AceCode", "id")])
+@pytest.mark.parametrize(
+    "name, field", [("APPS", "problem_id"), ("open-r1", "problem_id"), ("DeepCoder", "problem_id"), ("AceCode", "id")]
+)
 def test_0_is_an_id_as_any_other(tmp_path, name, field):
-    file = tmp_path / "tasks.jsonl"
-    file.write_text("".join(json.dumps(FORMATS[name][0] | {field: number}) + "\n" for number in (7, 0)))
-    assert load_tasks(str(file), "train")["task_id"][:] == ["7", "0"]
+    path = write(tmp_path / "a.jsonl", *(FORMATS[name][0] | {field: number} for number in (7, 0)))
+    assert load_tasks(path)["task_id"][:] == ["7", "0"]
+
+
+def test_tests_without_code_and_cases_without_stdin(tmp_path, sandbox):
+    row, entry_point, *_ = FORMATS["AceCode"]
+    path = write(tmp_path / "a.jsonl", {**row, "test_cases": ["# nothing", *row["test_cases"]]})
+    assert load_tasks(path)["entry_point"][:] == [entry_point]
+    (task,) = load_tasks(
+        write(tmp_path / "b.jsonl", {**APPS, "input_output": json.dumps({"inputs": [None], "outputs": ["0"]})})
+    )
+    (verdict,) = sandbox.run([Program("import sys\nprint(len(sys.stdin.read()))", task["test"], "__main__")])
+    assert verdict.passed, verdict
 
 
 def test_words_are_asked_in_chat_and_not_mixed_with_code(tmp_path):
@@ -265,6 +282,10 @@ class Hostile:
         return print, ("unpickled",)
 
 
+def called_with(text):
+    return json.dumps({"fn_name": "f", "inputs": [text], "outputs": ["3"]})
+
+
 @pytest.mark.parametrize("value", [Hostile(), ["text"], 3, b"text", ("a", "b")])
 def test_private_cases_are_unpickled_to_text_and_nothing_else(tmp_path, capsys, value):
     path = write(tmp_path / "a.jsonl", {**LIVE, "private_test_cases": packed(value)})
@@ -281,7 +302,10 @@ def test_private_cases_are_unpickled_to_text_and_nothing_else(tmp_path, capsys, 
             "fixtures",
         ),
         ({**FORMATS["KodCode"][0], "test": "from solution import A\ndef test_a():\n    assert A()"}, "classes"),
-        ({**FORMATS["AceCode"][0], "test_cases": ["assert f(1) == 2", "assert g(1) == 2"]}, "no function in common"),
+        (
+            {**FORMATS["AceCode"][0], "test_cases": ["", "assert f(1) == 2", "assert g(1) == 2"]},
+            "no function in common",
+        ),
         (
             {**FORMATS["LeetCodeDataset"][0], "test": "def check(candidate):\n    candidate(tree_node([1]))"},
             "lists or trees",
@@ -290,8 +314,8 @@ def test_private_cases_are_unpickled_to_text_and_nothing_else(tmp_path, capsys, 
         ({**FORMATS["open-r1"][0], "verification_info": {"language": "rust", "test_cases": STDIN}}, "language is rust"),
         ({**APPS, "input_output": ""}, "no list of input and output"),
         ({**APPS, "input_output": "{"}, "'input_output' is no JSON"),
+        *(({**APPS, "input_output": called_with(text)}, "is no JSON") for text in ("{1, 2}", "b'x'", "{1: 2}")),
     ],
-    ids=["fixture", "class", "asserts", "trees", "several answers", "language", "no cases", "no JSON"],
 )
 def test_rows_that_make_no_task_are_left_out_and_counted(tmp_path, caplog, row, reason):
     good = (

@@ -55,6 +55,9 @@ def test_recipes(tasks, sandbox):
 def test_another_value_is_refused(tmp_path):
     row = {"task_id": "a", "prompt": "Write box(n).", "test": TEST, "entry_point": "box", "canonical_solution": ""}
     file = tmp_path / "tasks.jsonl"
+    file.write_text(json.dumps(row | {"inline": True, "entry_point": "__main__"}))
+    with pytest.raises(ValueError, match="field 'inline' is True: leave the field out: a script has a process"):
+        load_tasks(str(file))
     file.write_text(json.dumps(row | {"inline": "yes"}))
     with pytest.raises(ValueError, match="tasks.jsonl:1: field 'inline' is 'yes': write true or false, or leave the"):
         load_tasks(str(file))

@@ -163,12 +163,13 @@ def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
     assert training_commands("runs/filtered")[-1].endswith("""--chat_template_kwargs '{"a": false}'""")
 
 
-def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path):
+def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     tasks, output_dir = tmp_path / "tasks.jsonl", str(tmp_path / "run")
 
     def directory(text):
         tasks.write_text(text)
-        *_, settings = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--dataset_name", str(tasks)])
+        *_, settings = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--dataset_name", "~/tasks.jsonl"])
         return RunDirectory(output_dir, "reinforce", settings)
 
     directory("{}").start()

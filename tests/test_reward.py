@@ -80,9 +80,10 @@ def test_tests_may_use_the_setup_column(sandbox):
     messages = [{"role": "user", "content": "Write twice(n)."}]
     reply = [{"role": "assistant", "content": "def twice(n):\n    return 2 * n"}]
     test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
-    columns = {"test": [test] * 2, "entry_point": ["twice"] * 2, "setup": ["def half(n):\n    return n // 2\n", ""]}
+    setups = ["def half(n):\n    return n // 2\n", "", None]  # None, where some rows of a file have the field
+    columns = {"test": [test] * 3, "entry_point": ["twice"] * 3, "setup": setups}
     reward = UnitTestReward(length_penalty=0, sandbox=sandbox)
-    assert reward([messages] * 2, [reply] * 2, **columns) == [1.0, None], "without it the tests cannot run"
+    assert reward([messages] * 3, [reply] * 3, **columns) == [1.0, None, None], "without it the tests cannot run"
 
 
 def test_what_cannot_be_judged_is_no_failure(sandbox, caplog):

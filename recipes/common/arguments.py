@@ -81,7 +81,7 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     given = sorted({name for name in recipe if name != "env"} | set(on_line))
     values = {name: value for part in parsed for name, value in vars(part).items()}
     settings = {name: values[name] for name in given if name in values}
-    if os.path.isfile(tasks := settings.get("dataset_name", "")):
+    if os.path.isfile(tasks := os.path.expanduser(settings.get("dataset_name", ""))):
         settings["dataset_sha256"] = file_sha256(tasks)
     return *parsed, settings
 

@@ -59,7 +59,7 @@ def training_commands(folder: str | None) -> list[str]:
     run = json.loads(path.read_text())
     settings = run["settings"]
     sources = [settings.get(name) for name in ("adapter_name_or_path", "preferences", "samples")]
-    tasks = Path(settings.get("dataset_name", ""))
+    tasks = Path(settings.get("dataset_name", "")).expanduser()
     if tasks.name == "tasks.jsonl" and (tasks.parent / "pairs.jsonl").is_file():  # which `preferences` wrote
         sources.append(str(tasks.parent))
     before = [command for source in sources for command in training_commands(source)]
