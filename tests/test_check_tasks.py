@@ -27,7 +27,7 @@ ROWS = [
     row("wrong", "assert candidate(1) == 3"),
     row("weak", "assert candidate(1) is not None", "    return 1\n"),
     row("flaky", "import random\nassert candidate(1) == 2 and random.random() < 0.5"),
-    row("slow", "import time\ntime.sleep(1.2)\nassert candidate(1) == 2"),
+    row("slow", "assert candidate(1) == 2\nimport time\ntime.sleep(1.2)"),
     row("broken", "import no_such_package\nassert candidate(1) == 2"),
     row("no reference", "assert candidate(1) == 2", ""),
     row("weak, no reference", "assert candidate(1) in (1, 2)", ""),

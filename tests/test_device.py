@@ -78,9 +78,16 @@ def test_a_gpu_has_trls_log_probabilities_without_a_cast_of_the_activations(tiny
 
 def test_a_cpu_has_log_probabilities_of_its_own(tiny_model):
     add_fused_lm_head(tiny_model)
-    before = tiny_model.forward
+    tiny_model.requires_grad_(False)
+    num_rows, ids = [], torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8]])
+    tiny_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: num_rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     use_fast_log_probs(tiny_model, torch.device("cpu"))
-    assert tiny_model.forward != before
+    labels = ids.clone()
+    labels[:, :2] = -100  # the prompt
+    tiny_model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+    assert num_rows == [1], "the batch is packed into one row"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ def sandbox():
 
 
 @pytest.fixture
-def tasks(tmp_path):
-    """A task whose results cannot cross, with `inline` left out, true and false."""
+def tasks(tmp_path, monkeypatch):
+    """A task whose results cannot cross, with `inline` left out, true and false. Each is a chunk of the dataset."""
+    monkeypatch.setattr("rewards.tasks.CHUNK", 1)
     rows = [{"task_id": name, "prompt": "Write box(n).", "test": TEST, "entry_point": "box"} for name in "abc"]
     rows[1]["inline"], rows[2]["inline"] = True, False
     file = tmp_path / "tasks.jsonl"

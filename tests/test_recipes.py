@@ -79,13 +79,28 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     rl |= {"eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 2}
     rl |= {"logging_steps": 1}
     stages = ("reinforce", "ppo_clip")
-    recipes = [recipe(stage, **train, **rl, max_steps=1, output_dir=str(tmp_path / stage)) for stage in stages]
+    rewards = {"reinforce": "-0.0008", "ppo_clip": "0"}  # of failures of 8 tokens
+    recipes = [
+        recipe(
+            stage,
+            **train,
+            **rl,
+            penalize_failures=stage == "reinforce",
+            max_steps=1,
+            output_dir=str(tmp_path / stage),
+        )
+        for stage in stages
+    ]
     runs = launch_both(*((stage, config, {}) for stage, config in zip(stages, recipes, strict=True)))
     for stage, (status, output) in zip(stages, runs, strict=True):
         assert status == 0, output
-        assert re.search(r"^step 1/1   evaluation   pass rate 0   tokens 8   reward -0.0008", output, re.MULTILINE)
+        reward = rewards[stage]
+        evaluation = rf"^step 1/1   evaluation   pass rate 0   tokens 8   reward {reward}( |$)"
+        assert re.search(evaluation, output, re.MULTILINE)
         assert re.search(
-            r"^step 1/1   pass rate 0   tokens [\d.]+   reward -[\d.e-]+   .*s   0 s left$", output, re.MULTILINE
+            rf"^step 1/1   pass rate 0   tokens [\d.]+   reward {reward[0]}[\d.e-]*   .*s   0 s left$",
+            output,
+            re.MULTILINE,
         )
         assert "{'" not in output, "the full record is in the log file only"
         assert (tmp_path / stage / "adapter_model.safetensors").is_file()

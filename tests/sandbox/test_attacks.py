@@ -103,7 +103,9 @@ def test_threads_are_few_however_much_memory_there_is():
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 def test_the_kernel_says_of_the_cage_what_isolation_says(sandbox):
     judges = children(sandbox._process.pid)
-    for zygote in (child for judge in judges for child in children(judge)):
+    zygotes = [child for judge in judges for child in children(judge)]
+    assert len(zygotes) == sandbox.workers
+    for zygote in zygotes:
         status, ours = (
             dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             for pid in (zygote, "self")

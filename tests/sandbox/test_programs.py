@@ -200,7 +200,7 @@ def test_workers_follow_the_quota_and_the_ranks(tmp_path, version):
         for name, text in files.items():
             (folder / name).write_text(text.format(quota))
 
-    limit(tmp_path / group, 64)
+    limit(tmp_path / group, cores)
     assert usable_cores(str(tmp_path), {}) == cores
     limit((tmp_path / group).parent, 1)
     assert usable_cores(str(tmp_path), {}) == 1
