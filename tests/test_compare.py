@@ -105,19 +105,3 @@ def test_evaluate_writes_programs_of_a_finished_evaluation_too(tmp_path, tiny_fo
         for task, row in zip(TASKS, rows, strict=True)
     ]  # fmt: skip
     assert "0/3" in run(monkeypatch, capsys, evaluate, *arguments), "and it is one and the same run without"
-
-
-def test_evalplus_reads_and_passes_references(tmp_path):
-    """References only: evalplus runs what it is given, outside of the sandbox."""
-    data = pytest.importorskip("evalplus.data.utils")
-    check = pytest.importorskip("evalplus.eval").untrusted_check
-    samples = [{"task_id": task["task_id"], "completion": task["canonical_solution"]} for task in TASKS]
-    write_programs(str(tmp_path / "samples.jsonl"), samples, TASKS)
-    loaded = list(data.load_solutions(str(tmp_path / "samples.jsonl")))
-    assert [one["task_id"] for one in loaded] == [task["task_id"] for task in TASKS]
-    for number, one in enumerate(loaded):
-        inputs, expected = [[1], [5]], [1 + number, 5 + number]
-        status, passed = check(
-            "humaneval", one["solution"], inputs, "add", expected=expected, atol=0, ref_time=[0.1] * 2
-        )
-        assert (status, list(passed)) == ("pass", [True, True])

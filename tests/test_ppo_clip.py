@@ -51,13 +51,20 @@ def test_epochs_beyond_the_target_kl_leave_the_policy_alone(tmp_path, tiny_model
             if "approx_kl" in logs or "skipped_epochs" in logs:
                 moved.append((logs["skipped_epochs"], sum(p.double().sum().item() for p in model.parameters())))
 
-    settings = {"num_iterations": 4, "max_steps": 8, "target_kl": 1e-3, "epsilon": 10.0}
-    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=4, learning_rate=1e-2, **settings, **COMMON)
+    settings = {"num_iterations": 4, "max_steps": 8, "target_kl": 1e-3, "epsilon": 10.0, "learning_rate": 1e-2}
+    settings |= COMMON | {"save_strategy": "steps", "save_steps": 6}
+    config = PPOClipConfig(str(tmp_path), per_device_train_batch_size=4, **settings)
+    untrained = copy.deepcopy(model)
     Trainer(model, RecordingReward(), config, train_dataset=dataset(2)).train()
     # The first epoch's own KL is 0, the second's is that of one step: the third and fourth are skipped
     assert [skipped for skipped, _ in moved] == [0, 0, 1, 1] * 2
     sums = [total for _, total in moved]
     assert sums[1] == sums[2] == sums[3] and len(set(sums)) == 4
+
+    model = untrained
+    resumed = Trainer(model, RecordingReward(), config, train_dataset=dataset(2))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert moved[8:] == moved[6:8], "a run that continues from a checkpoint skips them, too"
 
 
 def test_old_log_probabilities_are_the_rollouts_when_it_starts_within_a_step(tmp_path, tiny_model, tiny_tokenizer):

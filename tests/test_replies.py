@@ -1,5 +1,7 @@
 """From a reply to its program: 164 references in every dressing that a model gives them pass in the sandbox."""
 
+import time
+
 import pytest
 
 from rewards import load_tasks, program_source, task_program
@@ -143,6 +145,8 @@ def test_program_of_a_reply(reply, entry_point, source):
 
 
 def test_long_hostile_replies_take_no_time():
+    start = time.process_time()
     for reply in ("```" + " " * 100_000 + "`" * 100_000, "<think" * 50_000, "a=" * 100_000, "```\n" * 50_000):
         assert len(reply_source(reply)) <= len(reply)
     assert reply_source("```python\ndef f(" + "(" * 100_000).startswith("def f((((")  # nothing is parsed here
+    assert time.process_time() - start < 5
