@@ -15,8 +15,8 @@ def micro_batches(
     Args:
         rollout (`dict[str, torch.Tensor]`):
             Tensors with one row a completion: `prompt_ids` (padded to the left), `completion_ids` (padded to the
-            right), their masks, `advantages` and whatever else the loss needs. Rows whose `weights` are 0 are left
-            out; without `weights` all have the weight 1.
+            right), their masks, `advantages` and whatever else the loss needs. Rows whose `weights`, on the CPU, are
+            0 are left out; without `weights` all have the weight 1.
         num_batches (`int`):
             Number of micro-batches.
         num_steps (`int`):
@@ -35,7 +35,6 @@ def micro_batches(
     num_rows = len(rollout["advantages"])
     order = torch.randperm(num_rows)
     if weights is not None:
-        weights = weights.cpu()
         order = order[weights[order] > 0]
     prompts = [
         ids[mask].tolist() for ids, mask in zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)

@@ -215,7 +215,8 @@ class PolicyGradientTrainer(ContinuedRollouts, CompleteCheckpoints, RLOOTrainer)
         rollout["advantages"] = advantages[first : first + len(tasks)]
         if mode == "train" and self.args.drop_uninformative_groups:
             # The mean over the rows that all processes keep, of which one may keep more than another
-            weights = is_kept.float() / is_kept.float().mean().clamp(min=1 / len(is_kept))
+            kept = is_kept.cpu().double()
+            weights = kept / kept.mean().clamp(min=1 / len(kept))
             rollout["weights"] = weights[first : first + len(tasks)]
         del rollout["old_logps"]  # sums over whole completions
         if self.needs_old_logps:
