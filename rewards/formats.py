@@ -223,10 +223,9 @@ def asserts_task(row: Row, task_id: str, question: Any, asserts: list, reference
             trees.append(ast.parse(text))
         except (SyntaxError, ValueError, TypeError):
             raise LeftOut("a test is no Python") from None
-    trees = [tree for tree in trees if tree.body]
     own = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    calls = [[n for n in _called(tree) if n not in own and n not in _BUILTINS] for tree in trees]
-    calls = [names for tree, names in zip(trees, calls, strict=True) if any(map(_is_assert, ast.walk(tree)))]
+    asserting = [tree for tree in trees if any(map(_is_assert, ast.walk(tree)))]
+    calls = [[n for n in _called(tree) if n not in own and n not in _BUILTINS] for tree in asserting]
     common = [name for name in (calls or [[]])[0] if all(name in names for names in calls)]
     if not common:
         raise LeftOut("its asserts call no function in common")
