@@ -288,12 +288,12 @@ class Sandbox:
         }
         server = os.path.join(os.path.dirname(os.path.abspath(__file__)), "server.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", server, json.dumps(settings)],
+            [sys.executable, "-P", "-s", "-S", server, json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[server_end.fileno()],
-            env={},
+            env={"PYTHONHASHSEED": "0"},  # or the order of sets, and with it verdicts, would change at each start
             cwd="/",
             start_new_session=True,  # Ctrl-C is the caller's to handle
         )

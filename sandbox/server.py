@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -I` leaves out the script's own folder
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` leaves out the script's own folder
 import cage  # noqa: E402
 import judge  # noqa: E402
 import solution  # noqa: E402

@@ -69,6 +69,14 @@ def test_verdicts_keep_the_order_and_explain(sandbox):
     assert sandbox.run([]) == []
 
 
+def test_sets_have_the_same_order_in_every_sandbox():
+    expression = "list(set('red green blue white black'.split()))"
+    command = [sys.executable, "-c", f"print({expression})"]
+    order = subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, check=True, text=True).stdout
+    with Sandbox(workers=1) as sandbox:
+        assert statuses(sandbox, Program(f"f = lambda: {expression}", f"assert f() == {order}", "f")) == ["passed"]
+
+
 def test_a_detail_is_one_short_harmless_line(sandbox):
     source = "def f(x):\n    raise ValueError('\\x1b[2J\\n\\ud800' + 'x' * 10**6)"
     (verdict,) = sandbox.run([Program(source, "f(3)", "f")])
