@@ -78,6 +78,11 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     for part in parsed:
         if getattr(part, "n_gpu", 1) > 1:
             part._n_gpu = 1  # one process: on several GPUs Trainer would use nn.DataParallel, with a larger batch
+        if getattr(part, "lr_scheduler_type", None) == "constant" and part.warmup_steps:
+            raise SystemExit(
+                f"{config or 'the command line'}: warmup_steps is {part.warmup_steps}, which lr_scheduler_type "
+                "constant ignores: write constant_with_warmup"
+            )
     given = sorted({name for name in recipe if name != "env"} | set(on_line))
     values = {name: value for part in parsed for name, value in vars(part).items()}
     settings = {name: values[name] for name in given if name in values}
