@@ -187,4 +187,4 @@ if __name__ == "__main__":
         save_file(merged, output_dir / f"merged_{RANK}.safetensors")
     (output_dir / f"outcome_{RANK}.json").write_text(json.dumps(outcome))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # a thread of gloo that still runs can end a process by SIGABRT
+    os._exit(0)  # a thread of gloo that still runs can end a process by SIGABRT, in destroy_process_group() too
