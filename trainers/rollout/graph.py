@@ -35,8 +35,8 @@ CHECK_EVERY = 16
 LENGTH_MULTIPLE = 256
 # Prompt tokens, padding included, of one forward of the prefill
 PREFILL_TOKENS = 8192
-# Bytes for each entry of the vocabulary and row while a token is drawn: logits, probabilities, their masses and sums
-SAMPLING_BYTES = 40
+# Bytes for each entry of the vocabulary and row while a token is drawn: logits, probabilities, and what a sort takes
+SAMPLING_BYTES = 56
 # Share of the free memory that the rows of a chunk may take; prefill and attention need some, too
 MEMORY_SHARE = 0.8
 # Share of the free memory that token steps may keep between rollouts; a larger one is captured at every rollout
