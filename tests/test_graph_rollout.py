@@ -23,6 +23,7 @@ from trainers.device import decoding_loop
 from trainers.rollout import generate, graph
 from trainers.rollout.eager import eager_completions
 from trainers.rollout.graph import TokenStep, graph_completions, why_not_covered
+from trainers.rollout.sampling import sample_tokens
 
 PROMPTS = ["def f(x):", "a", "import os\n\ndef longer_name(a, b):\n", "a", "zz = 3"]
 MANY_EOS = list(range(20))  # so that rows end at different steps
@@ -301,6 +302,14 @@ def test_the_steps_samples_follow_the_warped_distribution(temperature, top_p, to
     degrees = int(kept.sum()) - 1
     # Wilson and Hilferty's normal approximation; 4 standard deviations, with a fixed seed
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 4 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+def test_a_nucleus_in_a_graph_takes_as_many_of_equally_likely_tokens_as_it_needs():
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.2, 0.0]]).log()
+    torch.manual_seed(0)
+    for top_p, expected in ((0.3, {0}), (0.5, {0, 1}), (0.7, {0, 1, 2}), (0.9, {0, 1, 2, 3}), (0.999999, {0, 1, 2, 3})):
+        drawn = sample_tokens(logits.expand(2000, -1), top_p=top_p, in_graph=True)
+        assert set(drawn.tolist()) == expected
 
 
 def test_each_device_has_its_loop():
