@@ -34,8 +34,8 @@ class PPOClipConfig(PolicyGradientConfig):
     target_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Approximate KL, per completion, from the rollout's policy to the current one. Once an optimizer "
-            "step exceeds it, the remaining steps on that rollout are skipped. If not set, none is."
+            "help": "Approximate KL, per completion, from the rollout's policy to the current one. An optimizer step "
+            "that finds it exceeded is skipped, and so are the remaining steps on that rollout. If not set, none is."
         },
     )
     dual_clip: float | None = field(
@@ -162,14 +162,16 @@ class PPOClipTrainer(PolicyGradientTrainer):
         if self.args.target_kl is None:
             return super().training_step(model, inputs, num_items_in_batch)
         cycle = self.args.steps_per_generation * self.num_iterations
-        if self._step % cycle and self._buffered_inputs[0].get("skipped"):
+        is_skipped = self._step % cycle > 0 and self._buffered_inputs[0].get("skipped", False)
+        if is_skipped:
             self._step += 1
-            self._metrics["train"]["skipped_epochs"].append(1.0)
-            return torch.zeros((), device=self.accelerator.device)  # no gradient: the optimizer leaves the weights
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._metrics["train"]["skipped_epochs"].append(0.0)
+            loss = torch.zeros((), device=self.accelerator.device)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             kls = self._metrics["train"]["approx_kl"][-self.args.gradient_accumulation_steps :]  # of this step
-            if sum(kls) / len(kls) > self.args.target_kl:
-                self._buffered_inputs[0]["skipped"] = True  # in the buffer, so that a checkpoint keeps it
+            if not is_skipped and sum(kls) / len(kls) > self.args.target_kl:
+                is_skipped = self._buffered_inputs[0]["skipped"] = True  # in the buffer, so that a checkpoint keeps it
+                model.zero_grad()  # without a gradient the optimizer leaves the weights
+            self._metrics["train"]["skipped_epochs"].append(float(is_skipped))
         return loss
