@@ -36,6 +36,7 @@ from trl import ModelConfig
 
 from recipes.common.arguments import (
     TaskArguments,
+    check_pass_rates,
     check_sampling,
     check_timeout,
     load_stage_tasks,
@@ -91,11 +92,7 @@ class CheckArguments(TaskArguments):
         check_sampling(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: write a number above 0")
-        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
-            raise ValueError(
-                f"min_pass_rate is {self.min_pass_rate} and max_pass_rate {self.max_pass_rate}: write numbers in "
-                "[0, 1], the smaller one first"
-            )
+        check_pass_rates(self.min_pass_rate, self.max_pass_rate)
 
 
 def main() -> None:

@@ -256,6 +256,7 @@ def test_small_recipes_take_the_penalty_and_tasks_of_the_published_ones():
         ("sft", {"lerning_rate": 1}, "unknown field 'lerning_rate': did you mean 'learning_rate'?"),
         ("reinforce", {"length_penalty": -1}, "length_penalty is -1: write 0 or more"),
         ("reinforce", {"top_p": 1.2}, "top_p is 1.2"),
+        ("reinforce", {"max_pass_rate": 90}, "max_pass_rate 90: write numbers in [0, 1], the smaller one first"),
         ("sft", {"lr_scheduler_type": "constant", "warmup_steps": 4}, "write constant_with_warmup"),
         ("ppo", {"sandbox_timeout": 0}, "sandbox_timeout is 0"),
         ("ppo", {"sandbox_timeout": 4000}, "at most 3600"),

@@ -275,6 +275,7 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tiny
         (ReinforceConfig, {"drop_uninformative_groups": True}, "compares completions of one prompt"),
         (ReinforceConfig, {"num_iterations": 2}, "num_iterations is 2"),
         (ReinforceConfig, {"min_advantage_std": -1.0}, "min_advantage_std is -1.0"),
+        (ReinforceConfig, {"min_advantage_std": 0.1}, "set normalize_advantages to true, or leave it out"),
         (PPOClipConfig, {"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
         (PPOClipConfig, {"target_kl": 0.0}, "target_kl is 0.0"),
         (PPOClipConfig, {"dual_clip": 1.0}, "dual_clip is 1.0"),

@@ -66,8 +66,8 @@ class PolicyGradientConfig(RLOOConfig):
         default=False,
         metadata={
             "help": "Whether prompts whose completions all pass or all fail are left out of the advantages, the loss "
-            "and its forward and backward. Such a group teaches length at most. Rewards that log no `verdict` (all but "
-            "`UnitTestReward`) are compared instead. The loss is the mean over the completions that are left."
+            "and its forward and backward. Such a group teaches length at most. Where `UnitTestReward` is not the only "
+            "reward function, rewards are compared instead. The loss is the mean over the completions that are left."
         },
     )
     min_advantage_std: float = field(
@@ -109,6 +109,11 @@ class PolicyGradientConfig(RLOOConfig):
             )
         if self.min_advantage_std < 0:
             raise ValueError(f"min_advantage_std is {self.min_advantage_std}: write 0 or more")
+        if self.min_advantage_std > 0 and not self.normalize_advantages:
+            raise ValueError(
+                f"min_advantage_std is {self.min_advantage_std}, which only normalized advantages are divided by: set "
+                "normalize_advantages to true, or leave it out"
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the number of completions of a rollout: set it to false, and lower "

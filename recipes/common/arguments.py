@@ -223,6 +223,26 @@ def check_length_penalty(length_penalty: float) -> None:
         raise ValueError(f"length_penalty is {length_penalty}: write 0 or more, it is subtracted")
 
 
+def check_pass_rates(min_pass_rate: float, max_pass_rate: float) -> None:
+    """
+    Check the fields that choose tasks by how often a policy passes them.
+
+    Args:
+        min_pass_rate (`float`):
+            Its value.
+        max_pass_rate (`float`):
+            Its value.
+
+    Raises:
+        ValueError: They are no range within [0, 1].
+    """
+    if not 0 <= min_pass_rate <= max_pass_rate <= 1:
+        raise ValueError(
+            f"min_pass_rate is {min_pass_rate} and max_pass_rate {max_pass_rate}: write numbers in [0, 1], the smaller "
+            "one first"
+        )
+
+
 def check_sampling(arguments: Any) -> None:
     """
     Check the fields by which a stage samples.
