@@ -32,7 +32,7 @@ MBPP_SPLITS = {
 }
 
 # What to do about a file of one's own that is taken for MBPP
-OWN_IDS = "ids from 1 to 974 are MBPP's: number tasks of your own from 975"
+OWN_IDS = "1 to 974 are MBPP's: number tasks of your own from 975"
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def load_tasks(source: str, split: str = "train", max_cases: int = 15, max_case_
         reasons = "; ".join(f"{reason} ({number})" for reason, number in left_out.most_common())
         logger.warning("%s: %d rows are left out: %s", source, left_out.total(), reasons)
     if dataset is None:
-        hint = f" ({OWN_IDS})" if benchmark == "MBPP/" else ""
+        hint = f" (by their ids its tasks are of MBPP's other splits; {OWN_IDS})" if benchmark == "MBPP/" else ""
         raise ValueError(f"the split {split!r} of {source} has no tasks{hint}")
     return dataset
 

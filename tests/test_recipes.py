@@ -76,7 +76,9 @@ def test_stages_from_the_base_to_the_table(tmp_path, tiny_folder, capsys):
     assert longer[0] != 0 and "holds another run (with max_steps 2 where this one has 3)" in longer[1]
 
     rl = {"adapter_name_or_path": str(tmp_path / "sft"), "max_completion_length": 8, "per_device_train_batch_size": 2}
-    rl |= {"eval_strategy": "steps", "eval_steps": 1, "dataset_test_split": "train", "per_device_eval_batch_size": 2}
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "held_out" / "validation.jsonl").write_text(json.dumps(TASKS[0]) + "\n")
+    rl |= {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset_name": str(tmp_path / "held_out")}
     rl |= {"logging_steps": 1}
     stages = ("reinforce", "ppo_clip")
     rewards = {"reinforce": "-0.0008", "ppo_clip": "0"}  # of failures of 8 tokens

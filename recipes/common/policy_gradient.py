@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config
 from recipes.common.arguments import (
     TaskArguments,
     check_length_penalty,
+    check_pass_rates,
     check_timeout,
     load_stage_tasks,
     parse_settings,
@@ -53,17 +54,23 @@ class RLArguments(TaskArguments):
         metadata={"help": "Whether completions that fail pay the length penalty too. If not, every failure gets 0."},
     )
     sandbox_timeout: float = field(default=5.0, metadata={"help": "Seconds that a program may take."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks completed greedily during training if eval_strategy is set. Defaults to dataset_name."
+        },
+    )
     dataset_test_split: str = field(
         default="validation",
         metadata={
-            "help": "Split that is completed greedily during training if eval_strategy is set. Its tasks are among "
-            "those of 'train': train on 'fit' to keep them apart."
+            "help": "Their split. HumanEval's 'validation' is a part of its 'train': train on 'fit' to keep them apart."
         },
     )
 
     def __post_init__(self):
         super().__post_init__()
         check_length_penalty(self.length_penalty)
+        check_pass_rates(self.min_pass_rate, self.max_pass_rate)
         check_timeout(self.sandbox_timeout)
 
 
@@ -150,12 +157,13 @@ def train_policy_gradient(
 
     rl.chat_template_kwargs = args.chat_template_kwargs
 
-    def load(split: str) -> Dataset:
-        return format_tasks(load_stage_tasks(rl.dataset_name, split), rl, tokenizer, model_args)
+    def load(field_name: str, split: str) -> Dataset:
+        return format_tasks(load_stage_tasks(getattr(rl, field_name), split, field_name), rl, tokenizer, model_args)
 
-    train_dataset = in_pass_rate(load(rl.dataset_train_split), rl.min_pass_rate, rl.max_pass_rate)
+    train_dataset = in_pass_rate(load("dataset_name", rl.dataset_train_split), rl.min_pass_rate, rl.max_pass_rate)
     train_dataset = fill_rollout(train_dataset, args.generation_batch_size // args.num_generations)
-    eval_dataset = load(rl.dataset_test_split) if args.eval_strategy != "no" else None
+    eval_source = "eval_dataset_name" if rl.eval_dataset_name else "dataset_name"
+    eval_dataset = load(eval_source, rl.dataset_test_split) if args.eval_strategy != "no" else None
     check_memory(model_args, args, train_dataset, tokenizer)
 
     checkpoint = run.start()

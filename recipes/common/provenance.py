@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 # What the report needs of a trainer's log. Names that begin with `eval_` are those of the evaluation during training.
-LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "clip_ratio/region_mean")
-LOGGED += ("frac_mixed_groups", "completions/clipped_ratio", "ratio/min", "ratio/max", "rewards/margins")
+LOGGED = ("loss", "reward", "reward_std", "pass_rate", "completion_tokens", "kl", "approx_kl", "skipped_epochs")
+LOGGED += ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "ratio/min", "ratio/max")
+LOGGED += ("frac_mixed_groups", "completions/clipped_ratio", "rewards/margins")
 LOGGED += ("rewards/accuracies", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 LOGGED += ("step_time", "train_runtime")
 
