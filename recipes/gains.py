@@ -2,11 +2,13 @@
 Print the gains over the untouched model as one table: rows are recipes, their seeds pooled; columns are evaluations.
 
     python recipes/gains.py results/mbpp
+    python recipes/gains.py results/mbpp --baseline sft_on_samples      # the gains over another row
 
 A results directory holds `ROW/EVALUATION/` as `evaluate.py` writes it, `ROW` being `base`, a recipe, or a recipe with
 another seed, such as `reinforce_seed43`. Not covered: corrections for multiple comparisons.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from statistics import mean
@@ -16,66 +18,75 @@ from recipes.common.runs import recipe_name
 from recipes.common.tables import are_of_one_file, markdown, read_metrics, task_means
 
 
-def gains_rows(results: Path) -> list[dict[str, str]]:
+def gains_rows(results: Path, baseline: str = "base") -> list[dict[str, str]]:
     """
     Return the table's rows.
 
     Args:
         results (`Path`):
             The results directory.
+        baseline (`str`, *optional*, defaults to `"base"`):
+            The row, of one seed, that the others are compared with.
 
     Returns:
-        `list[dict[str, str]]`: Cells by their column's title. The row `base` has each evaluation's pass rate and mean
-        tokens. Every other row has the gain over it in points, by the evaluation's tasks and the row's seeds, with its
-        paired 95% interval, and the mean tokens.
+        `list[dict[str, str]]`: Cells by their column's title. The baseline's row, the first, has each evaluation's pass
+        rate and mean tokens. Every other row has the gain over it in points, by the evaluation's tasks and the row's
+        seeds, with its paired 95% interval, and the mean tokens. Left out, with a note on stderr: rows that lack an
+        evaluation that the baseline has, such as one that is still being evaluated.
 
     Raises:
-        SystemExit: There is no row `base`, or a row was evaluated on other tasks.
+        SystemExit: There is no such row, or a row was evaluated on other tasks.
     """
-    base = {path.parent.name: task_means(str(path.parent)) for path in sorted(results.glob("base/*/metrics.json"))}
-    if not base:
-        raise SystemExit(f"{results} holds no evaluation of the untouched model (no base/EVALUATION/metrics.json)")
-    seeds: dict[str, list[Path]] = {}
-    for row in sorted({path.parent.parent for path in results.glob("*/*/metrics.json")}):
-        seeds.setdefault(recipe_name(row.name), []).append(row)
+    evaluated = sorted(path.parent for path in (results / baseline).glob("*/metrics.json"))
+    baseline_means = {folder.name: task_means(str(folder)) for folder in evaluated}
+    if not baseline_means:
+        raise SystemExit(f"{results} holds no evaluation of {baseline} (no {baseline}/EVALUATION/metrics.json)")
+    seeds: dict[str, list[Path]] = {baseline: [results / baseline]}
+    for row in sorted({path.parent.parent for path in results.glob("*/*/metrics.json")} - {results / baseline}):
+        if missing := [name for name in baseline_means if not (row / name / "metrics.json").is_file()]:
+            print(f"{row} is left out: it has no {', '.join(missing)}", file=sys.stderr)
+            continue
+        name = recipe_name(row.name)
+        seeds.setdefault(f"{name}, other seeds" if name == recipe_name(baseline) else name, []).append(row)
     rows = []
-    for name, folders in sorted(seeds.items(), key=lambda item: (item[0] != "base", item[0])):
+    for name, folders in sorted(seeds.items(), key=lambda item: (item[0] != baseline, item[0] != "base", item[0])):
         cells = {"row": name, "seeds": str(len(folders))}
-        for evaluation, untouched in base.items():
-            paths = [row / evaluation for row in folders if (row / evaluation / "metrics.json").is_file()]
+        for evaluation, before in baseline_means.items():
+            paths = [row / evaluation for row in folders]
             runs = [task_means(str(path)) for path in paths]
-            numbers = [read_metrics(str(path)) for path in (results / "base" / evaluation, *paths)]
-            if any(run.keys() != untouched.keys() for run in runs) or not are_of_one_file(*numbers):
-                raise SystemExit(f"{name}/{evaluation} and base/{evaluation} are of different tasks")
-            cells |= _cells(evaluation, untouched, runs, is_base=name == "base")
+            numbers = [read_metrics(path) for path in (results / baseline / evaluation, *paths)]
+            if any(run.keys() != before.keys() for run in runs) or not are_of_one_file(*numbers):
+                raise SystemExit(f"{name}/{evaluation} and {baseline}/{evaluation} are of different tasks")
+            cells |= _cells(evaluation, before, runs, is_baseline=name == baseline)
         rows.append(cells)
     return rows
 
 
-def _cells(evaluation: str, untouched: dict, runs: list[dict], is_base: bool) -> dict[str, str]:
+def _cells(evaluation: str, before: dict, runs: list[dict], is_baseline: bool) -> dict[str, str]:
     cells = {}
     measures = {"passed": evaluation, "passed_plus": f"{evaluation} plus"}
     for measure, title in measures.items():
-        if not runs or any(measure not in next(iter(run.values())) for run in (untouched, *runs)):
+        if any(measure not in next(iter(run.values())) for run in (before, *runs)):
             continue
-        before = [untouched[task][measure] for task in untouched]
-        if is_base:
-            cells[title] = f"{mean(before):.1%}"
+        rates = [before[task][measure] for task in before]
+        if is_baseline:
+            cells[title] = f"{mean(rates):.1%}"
             continue
-        gain, (low, high) = paired_gain(before, [[run[task][measure] for task in untouched] for run in runs])
+        gain, (low, high) = paired_gain(rates, [[run[task][measure] for task in before] for run in runs])
         cells[title] = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    if runs:
-        tokens = mean(means["completion_tokens"] for run in runs for means in run.values())
-        of_base = mean(means["completion_tokens"] for means in untouched.values())
-        cells[f"{evaluation} tokens"] = f"{tokens:.0f}" if is_base else f"{tokens:.0f} ({tokens / of_base - 1:+.0%})"
+    tokens = mean(means["completion_tokens"] for run in runs for means in run.values())
+    change = tokens / mean(means["completion_tokens"] for means in before.values()) - 1
+    cells[f"{evaluation} tokens"] = f"{tokens:.0f}" if is_baseline else f"{tokens:.0f} ({change:+.0%})"
     return cells
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise SystemExit("usage: python recipes/gains.py RESULTS_FOLDER")
-    print(markdown(gains_rows(Path(argv[0]))))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="directory of ROW/EVALUATION/")
+    parser.add_argument("--baseline", default="base", help="row that the others are compared with")
+    args = parser.parse_args()
+    print(markdown(gains_rows(args.results, args.baseline)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -43,8 +43,27 @@ def test_a_measure_that_a_row_lacks_is_left_out(tmp_path):
     assert "mbpp plus" in base and "mbpp plus" not in sft and sft["mbpp"].startswith("+50.0")
 
 
+def test_rows_are_compared_with_another_row(tmp_path):
+    passes = {"base": [True, False], "sft": [True, True], "sft_seed43": [True, False], "dpo_seed43": [False, False]}
+    for row, of_row in passes.items():
+        write(tmp_path / row / "mbpp", of_row, 100)
+    assert [(row["row"], row["seeds"], row["mbpp"].split()[0]) for row in gains_rows(tmp_path, "sft")] == [
+        ("sft", "1", "100.0%"),
+        ("base", "1", "-50.0"),
+        ("dpo", "1", "-100.0"),
+        ("sft, other seeds", "1", "-50.0"),
+    ]
+
+
+def test_a_row_that_is_still_being_evaluated_is_left_out(tmp_path, capsys):
+    for folder in ("base/humaneval", "base/mbpp", "sft/humaneval", "sft/mbpp", "sft_seed43/mbpp"):
+        write(tmp_path / folder, [True, False], 100)
+    assert [(row["row"], row["seeds"]) for row in gains_rows(tmp_path)] == [("base", "1"), ("sft", "1")]
+    assert "sft_seed43 is left out: it has no humaneval\n" in capsys.readouterr().err
+
+
 def test_rows_of_other_tasks_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="holds no evaluation of the untouched model"):
+    with pytest.raises(SystemExit, match="holds no evaluation of base .no base/EVALUATION/metrics.json"):
         gains_rows(tmp_path)
     write(tmp_path / "base" / "mbpp", [True, False], 100)
     write(tmp_path / "sft" / "mbpp", [True], 100)
@@ -55,7 +74,7 @@ def test_rows_of_other_tasks_are_refused(tmp_path):
 def test_every_row_of_the_makefile_has_a_recipe(tmp_path):
     """One check, one sampling, a training a row and seed, three evaluations of each and of the untouched model."""
     file = ROOT / "recipes" / "qwen2.5-coder-0.5b" / "mbpp" / "Makefile"
-    line = ["make", "-n", "-f", str(file), f"RUNS={tmp_path}/runs", f"RESULTS={tmp_path}/results"]
+    line = ["make", "-n", "-f", str(file), "-B", f"RESULTS={tmp_path}"]
     run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     scripts = Counter(re.findall(r"recipes/(\w+)\.py", run.stdout))
