@@ -5,16 +5,16 @@ Report: the evaluated runs as one self-contained page.
 
 Reads `results/ROW/` as `evaluate.py` writes it, one directory per run: `metrics.json` and `per_task.jsonl` of a greedy
 evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Of
-`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints. Writes `results/report.html` and its figures as
-`results/pictures/*.png`, light and dark. The page has no script and fetches nothing. Completions are untrusted text:
-the template escapes everything, control and direction characters are made visible, and the page's content security
-policy forbids scripts.
+`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints, and the greedy answers of rows without another seed.
+Writes `results/report.html` and its figures as `results/pictures/*.png`, light and dark. The page has no script and
+fetches nothing: which two rows are shown side by side is chosen by its style sheet. Completions are untrusted text: the
+template escapes everything, control and direction characters are made visible, and the page's content security policy
+forbids scripts.
 
-Not covered: the texts of the sampled completions, which stay in `sampled/per_task.jsonl`.
+Not covered: the texts of sampled completions, which `compare.py` shows.
 """
 
 import base64
-import difflib
 import re
 import sys
 from itertools import combinations
@@ -26,7 +26,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from recipes.common.intervals import mcnemar_p
 from recipes.common.pictures import draw_plane, draw_training
 from recipes.common.run_directory import write_whole
-from recipes.common.runs import PUBLISHED, PUBLISHED_BASE, Run, read_runs
+from recipes.common.runs import PUBLISHED, PUBLISHED_BASE, Run, read_runs, recipe_name
+from recipes.common.samples import read_samples
+from recipes.common.tables import read_metrics
 from recipes.gains import gains_rows
 from rewards import load_tasks
 from trainers.progress import visible
@@ -80,25 +82,6 @@ def outcome(sample: dict) -> str:
         `str`: A key of [`OUTCOMES`].
     """
     return "truncated" if sample["passed_truncated"] and not sample["passed"] else sample["verdict"]
-
-
-def unified_diff(old: str, new: str) -> list[tuple[str, str]]:
-    """
-    Return what changed from one completion to another.
-
-    Args:
-        old (`str`):
-            The first completion.
-        new (`str`):
-            The second completion.
-
-    Returns:
-        `list[tuple[str, str]]`: Kind and text of each line of a unified diff without its two header lines. Kinds are
-        `"add"`, `"del"`, `"hunk"` or `"same"`. Empty if the texts are equal.
-    """
-    kinds = {"+": "add", "-": "del", "@": "hunk"}
-    lines = list(difflib.unified_diff(old.split("\n"), new.split("\n"), lineterm=""))[2:]
-    return [(kinds.get(line[:1], "same"), line) for line in lines]
 
 
 def read_prompts(runs: list[Run]) -> dict[str, str]:
@@ -176,23 +159,69 @@ def draw_pictures(runs: list[Run], folder: Path) -> dict[str, tuple[str, str]]:
     return pictures
 
 
-def read_gains(results: Path) -> dict[str, list[dict[str, str]]]:
+def gains_folders(results: Path) -> list[Path]:
     """
-    Read the tables of gains over the untouched model.
+    Return the subdirectories that hold a table of gains over the untouched model.
 
     Args:
         results (`Path`):
             The results directory.
 
     Returns:
-        `dict[str, list[dict[str, str]]]`: The rows that [`gains_rows`](gains.py) returns, by the name of each
-        subdirectory that holds `base/EVALUATION/`.
+        `list[Path]`: Those that hold `base/EVALUATION/`.
     """
-    folders = sorted({path.parents[2] for path in results.glob("*/base/*/metrics.json")})
-    return {folder.name: gains_rows(folder) for folder in folders}
+    return sorted({path.parents[2] for path in results.glob("*/base/*/metrics.json")})
 
 
-def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: dict[str, list[dict[str, str]]]) -> str:
+def read_greedy(folder: Path) -> dict[str, list[Run]]:
+    """
+    Read the greedy evaluations of a table of gains.
+
+    Args:
+        folder (`Path`):
+            One of [`gains_folders`].
+
+    Returns:
+        `dict[str, list[Run]]`: By evaluation its rows, `base` first, without those that repeat a row with another seed.
+    """
+    rows = {}
+    for path in sorted(folder.glob("*/*/metrics.json"), key=lambda path: (path.parts[-3] != "base", path)):
+        name, metrics = path.parts[-3], read_metrics(path.parent)
+        if metrics["settings"]["temperature"] == 0 and recipe_name(name) == name:
+            samples = {sample["task_id"]: sample for sample in read_samples(path.parent)}
+            rows.setdefault(path.parts[-2], []).append(Run(name, metrics, samples))
+    return rows
+
+
+def chat_baseline(runs: list[Run], answers: dict[str, list[Run]]) -> dict | None:
+    """
+    Return what the untouched model does in its chat format on the runs' tasks.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+        answers (`dict[str, list[Run]]`):
+            Sets of greedy evaluations.
+
+    Returns:
+        `dict`, *optional*: `passed`, the number of tasks, and `tokens`, their mean, of the first run `base` in chat
+        format with all the tasks. `None` if there is none.
+    """
+    task_ids = {task for run in runs for task in run.samples}
+    for base in (run for rows in answers.values() for run in rows if run.name == "base"):
+        if base.metrics.get("prompt_format") == "chat" and task_ids <= base.samples.keys():
+            own = [base.samples[task] for task in task_ids]
+            passed = sum(sample["passed"] for sample in own)
+            return {"passed": passed, "tokens": mean(sample["completion_tokens"] for sample in own)}
+    return None
+
+
+def render_page(
+    runs: list[Run],
+    pictures: dict[str, tuple[str, str]],
+    gains: dict[str, list[dict[str, str]]],
+    greedy: dict[str, list[Run]],
+) -> str:
     """
     Render the page.
 
@@ -202,7 +231,9 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: di
         pictures (`dict[str, tuple[str, str]]`):
             As [`draw_pictures`] returns them.
         gains (`dict[str, list[dict[str, str]]]`):
-            As [`read_gains`] returns them.
+            The rows of each table of gains.
+        greedy (`dict[str, list[Run]]`):
+            Greedy evaluations of the tables of gains, by their title.
 
     Returns:
         `str`: HTML.
@@ -216,17 +247,21 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: di
         finalize=lambda value: visible(value) if type(value) is str else value,  # every text that is inserted
     )
     pairs = compare_pairs(runs)
-    task_ids = sorted({task for run in runs for task in run.samples}, key=_by_number)
+    answers = {"the runs of the table above": runs} | greedy
+    seen = {outcome(sample) for rows in answers.values() for run in rows for sample in run.samples.values()}
     outcomes = {run.name: {task: outcome(sample) for task, sample in run.samples.items()} for run in runs}
     return environment.get_template("report.html").render(
         runs=runs,
         gains=gains,
-        task_ids=task_ids,
-        prompts=read_prompts(runs),
+        answers=answers,
+        task_ids=_task_ids(runs),
+        task_ids_of=_task_ids,
+        prompts=read_prompts([run for rows in answers.values() for run in rows]),
+        chat_baseline=chat_baseline(runs, greedy),
         outcomes=outcomes,
-        seen_outcomes={kind: OUTCOMES[kind] for kind in OUTCOMES if any(kind in o.values() for o in outcomes.values())},
+        outcome=outcome,
         OUTCOMES=OUTCOMES,
-        sft=next((run for run in runs if run.name == "sft"), None),
+        seen_outcomes={kind: OUTCOMES[kind] for kind in OUTCOMES if kind in seen},
         pairs=pairs,
         num_significant=sum(pair["p"] < 0.05 for pair in pairs.values()),
         seeds=repeated_seeds(runs),
@@ -237,7 +272,6 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: di
         has_sampled=any(run.sampled for run in runs),
         has_eval=any("eval_reward" in entry for run in runs for entry in run.training),
         sampling="; ".join(dict.fromkeys(_sampling(run.sampled["settings"]) for run in runs if run.sampled)),
-        unified_diff=unified_diff,
         p_value=lambda p: "1" if p == 1 else f"{p:.2g}" if p >= 0.001 else "<0.001",
     )
 
@@ -245,6 +279,10 @@ def render_page(runs: list[Run], pictures: dict[str, tuple[str, str]], gains: di
 def _sampling(settings: dict) -> str:
     top_p = f", top_p {settings['top_p']}" if settings["top_p"] < 1 else ""
     return f"{settings['num_generations']} samples per task at temperature {settings['temperature']}{top_p}"
+
+
+def _task_ids(runs: list[Run]) -> list[str]:
+    return sorted({task for run in runs for task in run.samples}, key=_by_number)
 
 
 def _by_number(task_id: str) -> tuple[str, int]:
@@ -258,7 +296,10 @@ def main(argv: list[str]) -> None:
     results = Path(argv[0])
     runs = read_runs(results)
     pictures = draw_pictures(runs, results / "pictures")
-    write_whole(results / "report.html", render_page(runs, pictures, read_gains(results)))
+    folders = gains_folders(results)
+    gains = {folder.name: gains_rows(folder) for folder in folders}
+    greedy = {f"{folder.name}: {name}": rows for folder in folders for name, rows in read_greedy(folder).items()}
+    write_whole(results / "report.html", render_page(runs, pictures, gains, greedy))
     print(f"{results / 'report.html'}: {len(runs)} runs")
 
 

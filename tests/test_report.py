@@ -1,6 +1,7 @@
 """The report: its statistics to the digit, and a page that stays whole and inert whatever a completion says."""
 
 import json
+import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,19 +104,34 @@ def test_hostile_completions_stay_text(tmp_path):
     assert not any(name.startswith("on") for name, _ in page.attributes)
     shown = report.visible(HOSTILE)
     assert shown.endswith("{{ 7*7 }}\\x1b[31m\\u202e\\ud800\n")
-    assert page.text.count(shown) == 2 and page.text.count("+" + shown) == 1  # the completion and the diff
+    assert page.text.count(shown) == 1
     assert "default-src 'none'" in html and '<i>"$x^$' in page.text
 
 
-def test_a_chat_reply_does_not_continue_its_prompt(tmp_path):
+def test_answers_of_any_two_rows_are_shown_side_by_side(tmp_path):
     task = {"task_id": "t/1", "prompt": [{"role": "user", "content": "Write f."}], "test": "def check(candidate): pass"}
     (tmp_path / "tasks.jsonl").write_text(json.dumps(task | {"entry_point": "f", "canonical_solution": ""}) + "\n")
-    write_run(tmp_path / "base", ["The reply."], [True])
-    metrics = json.loads((tmp_path / "base" / "metrics.json").read_text()) | {"prompt_format": "chat"}
+    write_run(tmp_path / "base", ["The reply."], [False])
+    for row, answer in (("sft", "Shorter."), ("sft_seed43", "Left out."), ("base", "Long."), ("dpo", "Short.")):
+        write_run(tmp_path / "chat" / row / "mbpp", [answer], [True])
+        write_run(tmp_path / "chat" / row / "sampled", [answer], [True])
+        path = tmp_path / "chat" / row / "sampled" / "metrics.json"
+        path.write_text(path.read_text().replace('"temperature": 0.0', '"temperature": 0.8'))
+    path = tmp_path / "chat" / "base" / "mbpp" / "metrics.json"
+    metrics = json.loads(path.read_text()) | {"prompt_format": "chat"}
     metrics["settings"]["dataset_name"] = str(tmp_path / "tasks.jsonl")
-    (tmp_path / "base" / "metrics.json").write_text(json.dumps(metrics))
+    path.write_text(json.dumps(metrics))
     html, page = make_report(tmp_path)
-    assert '<pre class="wrap before">Write f.</pre>\n<pre><code>The reply.</code></pre>' in html
+    assert '<pre class="wrap before">Write f.</pre>\n<div class="chosen">\n<div id="answer-1-1">' in html
+    assert all(page.text.count(answer) == 1 for answer in ("The reply.", "Long.", "Short.", "Shorter."))
+    assert "Left out." not in page.text and "chat: sampled" not in page.text
+    options = re.findall(r"<option(| selected)>(\w+)</option>", html)
+    assert options[2:5] == [(" selected", "base"), ("", "dpo"), ("", "sft")]
+    assert options[5:] == [("", "base"), (" selected", "dpo"), ("", "sft")]
+    assert html.count(" option:nth-child(3):checked) .chosen > :nth-child(3) {") == 2
+    ids = {value for name, value in page.attributes if name == "id"}
+    assert {value[1:] for name, value in page.attributes if name == "href"} == {"run-1", "answer-1-1", "answers"} <= ids
+    assert "In its own chat format, the untouched model passes 1 of these tasks in\n10.0 tokens" in page.text
 
 
 def test_optional_files_may_be_missing(tmp_path):
@@ -129,7 +145,7 @@ def test_optional_files_may_be_missing(tmp_path):
     for text in ("sampled", "plus", "Training", "seeds"):
         assert text not in page.text
     assert "12/33" in page.text and "DeepSeek-Coder-1.3B" in page.text
-    assert "The same as sft, to the letter." in page.text and "1 : 1" in page.text
+    assert "1 : 1" in page.text
 
     # And with all of them there
     write_run(tmp_path / "sft_seed43", ["a", "b", "e"], [True, True, True], passed_plus=True)
@@ -186,17 +202,6 @@ def test_no_gain_is_given_over_an_evaluation_of_an_edited_task_file(tmp_path, ca
 def test_a_table_cuts_no_cell_and_reads_no_markup():
     wide = "x" * 300
     assert markdown([{"row": "a[b]c[/b]", "gain": wide}]).splitlines()[-1] == f"| a[b]c[/b] | {wide} |"
-
-
-def test_diff_has_no_header_and_names_its_lines():
-    assert report.unified_diff("a\nb\n", "a\nc\n") == [
-        ("hunk", "@@ -1,3 +1,3 @@"),
-        ("same", " a"),
-        ("del", "-b"),
-        ("add", "+c"),
-        ("same", " "),
-    ]
-    assert report.unified_diff("a", "a") == []
 
 
 def test_compared_rows_are_drawn(tmp_path, monkeypatch, capsys):
