@@ -203,10 +203,14 @@ def test_deepseek_recipes_hold_the_published_values():
         rl, args, _ = parsed(f"reinforce_alpha{alpha}")
         assert (rl.length_penalty, args.max_steps, args.generation_batch_size) == (alpha, 100, 1)
         assert (args.baseline, args.normalize_advantages) == ("none", False)
+        assert (rl.penalize_failures, args.drop_uninformative_groups) == (True, False)
         for batch_size in (4, 8):
             rl, args, _ = parsed(f"ppo_alpha{alpha}_bs{batch_size}")
             assert (rl.length_penalty, args.generation_batch_size, args.num_generations) == (alpha, batch_size, 1)
             assert (args.num_iterations, args.epsilon, args.max_steps) == (4, 0.2, 400)
+            assert (args.importance_sampling_level, args.target_kl, args.dual_clip) == ("sequence", None, None)
+            assert (args.normalize_advantages, args.min_advantage_std) == (True, 0.0)
+            assert (rl.penalize_failures, args.drop_uninformative_groups) == (True, False)
             assert (args.learning_rate, args.temperature, args.top_p) == (5e-6, 0.8, 0.95)
             assert (args.max_completion_length, args.max_grad_norm) == (256, 1.0)
     assert parsed("preferences")[0].pair_rule == "shortest_pass_longest_fail"
