@@ -112,7 +112,7 @@ class PolicyGradientConfig(RLOOConfig):
         if self.min_advantage_std > 0 and not self.normalize_advantages:
             raise ValueError(
                 f"min_advantage_std is {self.min_advantage_std}, which only normalized advantages are divided by: set "
-                "normalize_advantages to true, or leave it out"
+                "normalize_advantages to true, or min_advantage_std to 0"
             )
         if self.auto_find_batch_size:
             raise ValueError(

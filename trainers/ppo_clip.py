@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from .config import PolicyGradientConfig
 from .policy_gradient import PolicyGradientTrainer
@@ -62,6 +63,15 @@ class PPOClipConfig(PolicyGradientConfig):
         if self.target_kl is not None and self.fp16:
             raise ValueError(
                 "target_kl skips backward passes, and the loss scaler of fp16 needs one in every step: leave it out"
+            )
+        if self.target_kl is not None and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError("target_kl skips optimizer steps, which DeepSpeed takes within the backward: leave it out")
+        num_micro_batches = self.steps_per_generation * self.num_iterations
+        if self.target_kl is not None and num_micro_batches % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"target_kl skips the optimizer steps of one rollout, but its {num_micro_batches} micro-batches "
+                f"(steps_per_generation * num_iterations) end within a step of {self.gradient_accumulation_steps}: set "
+                "gradient_accumulation_steps to a divisor of their number"
             )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip is {self.dual_clip}: write a number above 1, or leave it out")
