@@ -214,7 +214,7 @@ def _benchmark(tasks: list[dict], source: str) -> str | None:
 
 def _one_split(source: str, split: str) -> ValueError:
     return ValueError(
-        f"{source} is one split, 'train': put the tasks of the split {split!r} in a file of their own and name that"
+        f"{source} is one split, 'train': ask for that, or name the file in which the tasks of the split {split!r} are"
     )
 
 

@@ -163,23 +163,24 @@ def test_recorded_commands_say_the_whole_run(tmp_path, monkeypatch):
     assert training_commands("runs/filtered")[-1].endswith("""--chat_template_kwargs '{"a": false}'""")
 
 
-def test_a_run_is_known_by_the_content_of_its_task_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tasks_of", ["dataset", "eval_dataset"])
+def test_a_run_is_known_by_the_content_of_its_task_files(tmp_path, monkeypatch, tasks_of):
     monkeypatch.setenv("HOME", str(tmp_path))
     tasks, output_dir = tmp_path / "tasks.jsonl", str(tmp_path / "run")
 
     def directory(text):
         tasks.write_text(text)
-        *_, settings = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, "--dataset_name", "~/tasks.jsonl"])
+        *_, settings = parse_settings(*STAGES["reinforce"], argv=[*REINFORCE, f"--{tasks_of}_name", "~/tasks.jsonl"])
         return RunDirectory(output_dir, "reinforce", settings)
 
     directory("{}").start()
     (tmp_path / "run" / "adapter_model.safetensors").touch()
     directory("{}").finish()
     assert directory("{}").finished
-    with pytest.raises(SystemExit, match="holds another run .its dataset had different content.: choose"):
+    with pytest.raises(SystemExit, match=f"holds another run .its {tasks_of} had different content.: choose"):
         directory("{} ")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    del record["settings"]["dataset_sha256"]
+    del record["settings"][f"{tasks_of}_sha256"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     assert directory("{} ").finished, "a record without it"
     (tmp_path / "run" / "run.json").write_text("{}")

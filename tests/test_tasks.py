@@ -146,7 +146,10 @@ def test_sources_and_splits_that_do_not_exist(tmp_path):
     path = write(tmp_path / "tasks.jsonl", TASK)
     with pytest.raises(FileNotFoundError, match="no task file"):
         load_tasks(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ValueError, match="is one split, 'train': put the tasks of the split 'dev' in a file"):
+    with pytest.raises(
+        ValueError,
+        match="is one split, 'train': ask for that, or name the file in which the tasks of the split 'dev' are",
+    ):
         load_tasks(path, "dev")
     with pytest.raises(ValueError, match="is one split, 'train'"):
         load_tasks(path, "test")

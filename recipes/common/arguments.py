@@ -48,7 +48,8 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
 
     Returns:
         `tuple`: One instance per dataclass, then a `dict` of the fields that were set and their values. Where
-        `dataset_name` is a file, `dataset_sha256` is added: with other tasks it is another run.
+        `dataset_name` or `eval_dataset_name` is a file, `dataset_sha256` or `eval_dataset_sha256` is added: with other
+        tasks it is another run.
 
     Raises:
         SystemExit: A field is unknown (the closest valid name is given), a file is missing, or a value is refused.
@@ -86,8 +87,9 @@ def parse_settings(*dataclass_types: type, argv: list[str] | None = None) -> tup
     given = sorted({name for name in recipe if name != "env"} | set(on_line))
     values = {name: value for part in parsed for name, value in vars(part).items()}
     settings = {name: values[name] for name in given if name in values}
-    if os.path.isfile(tasks := os.path.expanduser(settings.get("dataset_name", ""))):
-        settings["dataset_sha256"] = file_sha256(tasks)
+    for prefix in ("", "eval_"):
+        if os.path.isfile(tasks := os.path.expanduser(settings.get(f"{prefix}dataset_name") or "")):
+            settings[f"{prefix}dataset_sha256"] = file_sha256(tasks)
     return *parsed, settings
 
 

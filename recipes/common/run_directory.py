@@ -19,7 +19,7 @@ from transformers import Trainer
 from trainers.checkpoints import shared_checkpoint
 
 # Settings that came later than the first records: the contents of files that people edit
-CONTENTS = {"dataset_sha256", "extra_tests_sha256"}
+CONTENTS = {"dataset_sha256", "eval_dataset_sha256", "extra_tests_sha256"}
 
 
 class RunDirectory:
