@@ -37,12 +37,14 @@ def gains_rows(results: Path, baseline: str = "base") -> list[dict[str, str]]:
     Raises:
         SystemExit: There is no such row, or a row was evaluated on other tasks.
     """
+    folders = {path.parent.parent for path in results.glob("*/*/metrics.json")}
+    if results / baseline not in folders or Path(baseline).name != baseline:
+        names = ", ".join(sorted(folder.name for folder in folders)) or "none"
+        raise SystemExit(f"{results} holds no row {baseline!r} (ROW/EVALUATION/metrics.json); its rows are: {names}")
     evaluated = sorted(path.parent for path in (results / baseline).glob("*/metrics.json"))
     baseline_means = {folder.name: task_means(str(folder)) for folder in evaluated}
-    if not baseline_means:
-        raise SystemExit(f"{results} holds no evaluation of {baseline} (no {baseline}/EVALUATION/metrics.json)")
     seeds: dict[str, list[Path]] = {baseline: [results / baseline]}
-    for row in sorted({path.parent.parent for path in results.glob("*/*/metrics.json")} - {results / baseline}):
+    for row in sorted(folders - {results / baseline}):
         if missing := [name for name in baseline_means if not (row / name / "metrics.json").is_file()]:
             print(f"{row} is left out: it has no {', '.join(missing)}", file=sys.stderr)
             continue

@@ -63,7 +63,7 @@ def test_a_row_that_is_still_being_evaluated_is_left_out(tmp_path, capsys):
 
 
 def test_rows_of_other_tasks_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="holds no evaluation of base .no base/EVALUATION/metrics.json"):
+    with pytest.raises(SystemExit, match="holds no row 'base' .ROW/EVALUATION/metrics.json.; its rows are: none"):
         gains_rows(tmp_path)
     write(tmp_path / "base" / "mbpp", [True, False], 100)
     write(tmp_path / "sft" / "mbpp", [True], 100)
