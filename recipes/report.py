@@ -5,7 +5,7 @@ Report: the evaluated runs as one self-contained page.
 
 Reads `results/ROW/` as `evaluate.py` writes it, one directory per run: `metrics.json` and `per_task.jsonl` of a greedy
 evaluation, and, where they exist, `training.jsonl` and `sampled/`, an evaluation with several samples per task. Of
-`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints, and the greedy answers of rows without another seed.
+`results/TABLE/ROW/EVALUATION/` it reads what `gains.py` prints, and the greedy answers of each recipe's first seed.
 Writes `results/report.html` and its figures as `results/pictures/*.png`, light and dark. The page has no script and
 fetches nothing: which two rows are shown side by side is chosen by its style sheet. Completions are untrusted text: the
 template escapes everything, control and direction characters are made visible, and the page's content security policy
@@ -97,7 +97,7 @@ def read_prompts(runs: list[Run]) -> dict[str, str]:
         exist.
     """
     prompts = {}
-    for source in {run.metrics["settings"]["dataset_name"] for run in runs}:
+    for source in dict.fromkeys(run.metrics["settings"]["dataset_name"] for run in runs):
         try:
             tasks = load_tasks(source, "all")
         except (ValueError, OSError) as error:
@@ -182,15 +182,16 @@ def read_greedy(folder: Path) -> dict[str, list[Run]]:
             One of [`gains_folders`].
 
     Returns:
-        `dict[str, list[Run]]`: By evaluation its rows, `base` first, without those that repeat a row with another seed.
+        `dict[str, list[Run]]`: By evaluation its rows, `base` first, of each recipe the first seed.
     """
     rows = {}
     for path in sorted(folder.glob("*/*/metrics.json"), key=lambda path: (path.parts[-3] != "base", path)):
         name, metrics = path.parts[-3], read_metrics(path.parent)
-        if metrics["settings"]["temperature"] == 0 and recipe_name(name) == name:
+        of_evaluation = rows.setdefault(path.parts[-2], {})
+        if metrics["settings"]["temperature"] == 0 and recipe_name(name) not in of_evaluation:
             samples = {sample["task_id"]: sample for sample in read_samples(path.parent)}
-            rows.setdefault(path.parts[-2], []).append(Run(name, metrics, samples))
-    return rows
+            of_evaluation[recipe_name(name)] = Run(name, metrics, samples)
+    return {evaluation: [*of_evaluation.values()] for evaluation, of_evaluation in rows.items() if of_evaluation}
 
 
 def chat_baseline(runs: list[Run], answers: dict[str, list[Run]]) -> dict | None:
@@ -205,11 +206,13 @@ def chat_baseline(runs: list[Run], answers: dict[str, list[Run]]) -> dict | None
 
     Returns:
         `dict`, *optional*: `passed`, the number of tasks, and `tokens`, their mean, of the first run `base` in chat
-        format with all the tasks. `None` if there is none.
+        format with all the tasks, from the same source. `None` if there is none.
     """
     task_ids = {task for run in runs for task in run.samples}
+    sources = {run.metrics["settings"]["dataset_name"] for run in runs}
     for base in (run for rows in answers.values() for run in rows if run.name == "base"):
-        if base.metrics.get("prompt_format") == "chat" and task_ids <= base.samples.keys():
+        is_of_source = {base.metrics["settings"]["dataset_name"]} == sources
+        if is_of_source and base.metrics.get("prompt_format") == "chat" and task_ids <= base.samples.keys():
             own = [base.samples[task] for task in task_ids]
             passed = sum(sample["passed"] for sample in own)
             return {"passed": passed, "tokens": mean(sample["completion_tokens"] for sample in own)}
@@ -247,7 +250,7 @@ def render_page(
         finalize=lambda value: visible(value) if type(value) is str else value,  # every text that is inserted
     )
     pairs = compare_pairs(runs)
-    answers = {"the runs of the table above": runs} | greedy
+    answers = {"The table": runs} | greedy
     seen = {outcome(sample) for rows in answers.values() for run in rows for sample in run.samples.values()}
     outcomes = {run.name: {task: outcome(sample) for task, sample in run.samples.items()} for run in runs}
     return environment.get_template("report.html").render(
@@ -256,7 +259,7 @@ def render_page(
         answers=answers,
         task_ids=_task_ids(runs),
         task_ids_of=_task_ids,
-        prompts=read_prompts([run for rows in answers.values() for run in rows]),
+        prompts={title: read_prompts(rows) for title, rows in answers.items()},
         chat_baseline=chat_baseline(runs, greedy),
         outcomes=outcomes,
         outcome=outcome,

@@ -119,8 +119,9 @@ def test_answers_of_any_two_rows_are_shown_side_by_side(tmp_path):
         path.write_text(path.read_text().replace('"temperature": 0.0', '"temperature": 0.8'))
     path = tmp_path / "chat" / "base" / "mbpp" / "metrics.json"
     metrics = json.loads(path.read_text()) | {"prompt_format": "chat"}
-    metrics["settings"]["dataset_name"] = str(tmp_path / "tasks.jsonl")
     path.write_text(json.dumps(metrics))
+    for of_task in (tmp_path / "base" / "metrics.json", path):
+        of_task.write_text(of_task.read_text().replace("absent.jsonl", str(tmp_path / "tasks.jsonl")))
     html, page = make_report(tmp_path)
     assert '<pre class="wrap before">Write f.</pre>\n<div class="chosen">\n<div id="answer-1-1">' in html
     assert all(page.text.count(answer) == 1 for answer in ("The reply.", "Long.", "Short.", "Shorter."))
