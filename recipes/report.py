@@ -252,7 +252,6 @@ def render_page(
     pairs = compare_pairs(runs)
     answers = {"The table": runs} | greedy
     seen = {outcome(sample) for rows in answers.values() for run in rows for sample in run.samples.values()}
-    outcomes = {run.name: {task: outcome(sample) for task, sample in run.samples.items()} for run in runs}
     return environment.get_template("report.html").render(
         runs=runs,
         gains=gains,
@@ -261,7 +260,6 @@ def render_page(
         task_ids_of=_task_ids,
         prompts={title: read_prompts(rows) for title, rows in answers.items()},
         chat_baseline=chat_baseline(runs, greedy),
-        outcomes=outcomes,
         outcome=outcome,
         OUTCOMES=OUTCOMES,
         seen_outcomes={kind: OUTCOMES[kind] for kind in OUTCOMES if kind in seen},
